@@ -1,0 +1,33 @@
+"""Diffusion and flow policies: step kernels, schedules, divergences, step selection."""
+
+from mmgrpo.core.diffusion.divergence import DIVERGENCES, step_divergence
+from mmgrpo.core.diffusion.gaussian import STD_FLOOR, StepOutput, gaussian_log_prob
+from mmgrpo.core.diffusion.kernels import KERNELS, step, transition
+from mmgrpo.core.diffusion.schedules import (
+    dynamic_shift,
+    from_scheduler_config,
+    linear_shift,
+    sd3_shift,
+)
+from mmgrpo.core.diffusion.selection import SELECTORS, Selection, select_steps
+from mmgrpo.core.diffusion.solvers import ddim_eta, dpmpp_2m
+
+__all__ = [
+    "DIVERGENCES",
+    "KERNELS",
+    "SELECTORS",
+    "STD_FLOOR",
+    "Selection",
+    "StepOutput",
+    "ddim_eta",
+    "dpmpp_2m",
+    "dynamic_shift",
+    "from_scheduler_config",
+    "gaussian_log_prob",
+    "linear_shift",
+    "sd3_shift",
+    "select_steps",
+    "step",
+    "step_divergence",
+    "transition",
+]

@@ -1,0 +1,147 @@
+"""Which denoising steps draw noise, and which of those are trained.
+
+The last step (sigma' = 0) is never stochastic: its std is nearly 0 or it would leave visible noise
+in the image, and no decision follows it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmgrpo.core.seeding import generator
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The steps of one rollout.
+
+    Attributes:
+        stochastic: ``[T]`` bool, steps that draw noise; the others follow the ODE.
+        trained: ``[B, T]`` bool, decisions that enter the loss; a subset of the stochastic ones.
+    """
+
+    stochastic: Tensor
+    trained: Tensor
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a selection is made for.
+
+    Attributes:
+        count: T, the number of denoising steps.
+        seed: names the rollout: what is drawn once for all samples comes from it.
+        sample_seeds: ``[B]``, what is drawn per sample comes from the sample's own.
+    """
+
+    count: int
+    seed: int
+    sample_seeds: Sequence[int]
+
+    def shared(self, start: int, stop: int) -> Selection:
+        """Train steps ``start`` to ``stop - 1`` of every sample."""
+        index = torch.arange(self.count)
+        stochastic = (index >= start) & (index < stop)
+        return Selection(stochastic, stochastic.repeat(len(self.sample_seeds), 1))
+
+
+def all_but_last(steps: Steps) -> Selection:
+    """Every step but the last draws noise and is trained (Flow-GRPO, arXiv:2505.05470)."""
+    return steps.shared(0, steps.count - 1)
+
+
+def random_fraction(steps: Steps, *, fraction: float = 0.6) -> Selection:
+    """Every step but the last draws noise; each sample trains its own random part of them.
+
+    A sample keeps the first ``floor(fraction (T - 1))`` of a random permutation (DanceGRPO,
+    arXiv:2505.07818).
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1]; got {fraction}.")
+    candidates = steps.count - 1
+    kept = math.floor(fraction * candidates + 1e-9)
+    if kept < 1:
+        raise ValueError(f"fraction {fraction} of {candidates} steps leaves no step to train.")
+    trained = torch.zeros(len(steps.sample_seeds), steps.count, dtype=torch.bool)
+    for row, sample_seed in enumerate(steps.sample_seeds):
+        trained[row, torch.randperm(candidates, generator=generator(sample_seed))[:kept]] = True
+    return Selection(torch.arange(steps.count) < candidates, trained)
+
+
+def single(steps: Steps, *, step: int | None = None) -> Selection:
+    """One step draws noise and is trained, the same for the whole rollout; random if None."""
+    return window(steps, start=step, width=1)
+
+
+def window(
+    steps: Steps, *, width: int, start: int | None = None, first: int = 0, last: int | None = None
+) -> Selection:
+    """Consecutive steps draw noise and are trained (MixGRPO, arXiv:2507.21802).
+
+    Args:
+        steps: what the selection is made for.
+        width: number of steps; cut off after the last trainable step, T - 2.
+        start: first step of the window, or None for a place drawn uniformly such that the window
+            lies in ``[first, last)`` (Flow-GRPO-Fast).
+        first: start of the range of random places.
+        last: end of the range of random places; T - 1 if None.
+    """
+    trainable = steps.count - 1
+    last = trainable if last is None else last
+    if width < 1 or not 0 <= first < last <= trainable:
+        raise ValueError(
+            f"expected width >= 1 and 0 <= first < last <= {trainable} (T - 1); "
+            f"got width {width}, first {first}, last {last}."
+        )
+    if start is None:
+        places = max(last - first - width, 0) + 1
+        start = first + int(torch.randint(places, (1,), generator=generator(steps.seed)))
+    if not 0 <= start < trainable:
+        raise ValueError(f"the window must start in [0, {trainable - 1}] (T - 2); got {start}.")
+    return steps.shared(start, min(start + width, trainable))
+
+
+SELECTORS: Mapping[str, Callable[..., Selection]] = MappingProxyType(
+    {
+        "all_but_last": all_but_last,
+        "random_fraction": random_fraction,
+        "single": single,
+        "window": window,
+    }
+)
+
+
+def select_steps(
+    selection: Mapping[str, Any], num_steps: int, *, seed: int, sample_seeds: Sequence[int]
+) -> Selection:
+    """Return the steps that a rollout of B samples makes stochastic and trains.
+
+    Args:
+        selection: ``{"kind": name in SELECTORS, **its options}``.
+        num_steps: T, at least 2.
+        seed: names the rollout: what is drawn once for all samples comes from it.
+        sample_seeds: ``[B]``, what is drawn per sample comes from the sample's own, so that the
+            result does not depend on the batch.
+
+    Raises:
+        ValueError: unknown kind or option, or a selection without a step.
+    """
+    options = dict(selection)
+    kind = options.pop("kind", None)
+    if kind not in SELECTORS:
+        raise ValueError(f"unknown selection '{kind}'; valid: {', '.join(SELECTORS)}.")
+    known = list(inspect.signature(SELECTORS[kind]).parameters)[1:]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"selection '{kind}' has no option '{name}'; valid: {known}.")
+    if num_steps < 2:
+        raise ValueError(f"a stochastic rollout needs at least 2 steps; got {num_steps}.")
+    return SELECTORS[kind](Steps(num_steps, seed, sample_seeds), **options)

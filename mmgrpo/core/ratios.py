@@ -1,0 +1,71 @@
+"""Importance ratios at the level a method wants, through one mechanism: segment ids.
+
+Input and output are *log*-ratios ``[B, T]``; a decision's entry is the log-ratio of the segment it
+belongs to. Token level has one segment per decision, sequence level one per sample.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to +-20 so that exp() stays finite in float32."""
+
+
+def log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
+    """log pi_theta - log pi_old, ``[B, T]``; 0 where the mask is off."""
+    difference = (log_prob.float() if log_prob.dtype != torch.float64 else log_prob) - old_log_prob
+    return torch.where(mask, difference, torch.zeros_like(difference)).clamp(
+        -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT
+    )
+
+
+def segment_reduce(x: Tensor, mask: Tensor, segment: Tensor, *, mean: bool) -> Tensor:
+    """Sum or mean of ``x [B, T]`` over each row's segments, spread back to ``[B, T]``.
+
+    Args:
+        segment: ``[B, T]`` non-negative span ids, local to the row.
+    """
+    width = int(segment.max()) + 1 if segment.numel() else 1
+    weight = mask.to(x.dtype)
+    total = x.new_zeros(x.shape[0], width).scatter_add(1, segment, x * weight)
+    if mean:
+        count = weight.new_zeros(x.shape[0], width).scatter_add(1, segment, weight)
+        total = total / count.clamp_min(1.0)
+    return total.gather(1, segment) * weight
+
+
+def token(log_ratio: Tensor, mask: Tensor, segment: Tensor | None = None) -> Tensor:
+    """One ratio per decision."""
+    return log_ratio * mask
+
+
+def segment(
+    log_ratio: Tensor, mask: Tensor, segment: Tensor | None = None, *, product: bool = False
+) -> Tensor:
+    """One ratio per span of ``trajectories.segment``: geometric mean, or the product."""
+    if segment is None:
+        raise ValueError("segment-level ratios need trajectories.segment")
+    return segment_reduce(log_ratio, mask, segment, mean=not product)
+
+
+def sequence(
+    log_ratio: Tensor,
+    mask: Tensor,
+    segment: Tensor | None = None,
+    *,
+    product: bool = False,
+    straight_through: bool = False,
+) -> Tensor:
+    """One ratio per sample: exp of the mean log-ratio (GSPO, arXiv:2507.18071) or the product.
+
+    Args:
+        product: true density ratio instead of its length-normalised (geometric) form.
+        straight_through: GSPO-token: the sequence's value with each decision's own gradient.
+    """
+    whole = torch.zeros_like(log_ratio, dtype=torch.int64)
+    value = segment_reduce(log_ratio, mask, whole, mean=not product)
+    if straight_through:
+        value = value.detach() + (log_ratio - log_ratio.detach()) * mask
+    return value.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)

@@ -1,0 +1,89 @@
+"""An autoencoder that copies: gray pixels in, the same numbers as latents, and back.
+
+An 8x16 canvas has only 128 numbers, so there is nothing to compress; yet a latent diffusion
+pipeline needs an ``AutoencoderKL``. This one is set by hand rather than trained, so that what a
+reward sees is exactly what the transformer drew.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+# Two channels held at plus and minus this value fix the variance that group normalisation divides
+# by, so that the picture's own contrast (at most 1) survives it with a relative error below 1e-4.
+_ANCHOR = 100.0
+# SiLU(x) differs from x by less than 1e-7 beyond this value; signals are moved there and back.
+_LINEAR_RANGE = 20.0
+_MIN_LOG_VARIANCE = -30.0
+
+
+def copying_vae(scaling_factor: float = 1.0, shift_factor: float = 0.0) -> AutoencoderKL:
+    """Builds an ``AutoencoderKL`` with one latent channel that equals the gray picture.
+
+    RGB input is averaged over its channels; decoding writes the latent to all three. Resolution is
+    kept, so a latent has the height and width of its picture.
+
+    Args:
+        scaling_factor: Stored for the pipeline, which decodes ``latents / scaling_factor + shift``.
+        shift_factor: Stored for the pipeline, see above.
+
+    Returns:
+        The autoencoder, frozen and in evaluation mode.
+    """
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=1,
+        block_out_channels=(4,),
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=1,
+        sample_size=16,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+    with torch.no_grad():
+        for block in _residual_blocks(vae):
+            block.conv2.weight.zero_()
+            block.conv2.bias.zero_()
+        for half, gains in ((vae.encoder, (1 / 3, 1 / 3, 1 / 3)), (vae.decoder, (1.0,))):
+            _read_signal(half.conv_in, gains)
+            _undo_norm(half.conv_norm_out)
+        _write_signal(vae.encoder.conv_out, channels=1)
+        vae.encoder.conv_out.bias[1] = _MIN_LOG_VARIANCE
+        _write_signal(vae.decoder.conv_out, channels=3)
+    return vae.requires_grad_(False).eval()
+
+
+def _residual_blocks(vae: AutoencoderKL) -> list[nn.Module]:
+    """Lists the residual blocks, each of which is the identity once its last convolution is 0."""
+    return [module for module in vae.modules() if type(module).__name__ == "ResnetBlock2D"]
+
+
+def _read_signal(conv: nn.Conv2d, gains: tuple[float, ...]) -> None:
+    """Sets a convolution to output (signal, -signal, anchor, -anchor), whose mean is always 0."""
+    conv.weight.zero_()
+    centre = torch.tensor(gains)
+    conv.weight[0, :, 1, 1] = centre
+    conv.weight[1, :, 1, 1] = -centre
+    conv.bias.copy_(torch.tensor([0.0, 0.0, _ANCHOR, -_ANCHOR]))
+
+
+def _undo_norm(norm: nn.GroupNorm) -> None:
+    """Multiplies by the standard deviation the anchors impose and moves into SiLU's linear range."""
+    norm.weight.fill_(_ANCHOR / 2**0.5)
+    norm.bias.fill_(_LINEAR_RANGE)
+
+
+def _write_signal(conv: nn.Conv2d, channels: int) -> None:
+    """Sets a convolution to read (signal, -signal) back into its first ``channels`` outputs."""
+    conv.weight.zero_()
+    conv.bias.zero_()
+    conv.weight[:channels, 0, 1, 1] = 0.5
+    conv.weight[:channels, 1, 1, 1] = -0.5

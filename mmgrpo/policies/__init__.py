@@ -1,0 +1,1 @@
+"""Policies: what turns a model folder into log-probabilities of decisions, one file per modality."""

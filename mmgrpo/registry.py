@@ -1,0 +1,123 @@
+"""Where every part that is chosen by name lives: visible tables of lazy ``"module:name"`` targets.
+
+Nothing is imported until it is asked for, so a table may name a part that needs an optional
+dependency. To add a part, write it and add its line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from mmgrpo.errors import UsageError, nearest
+
+_CORE = "mmgrpo.core."
+
+COMPONENTS: dict[str, dict[str, str]] = {
+    "combine": {
+        "sum_then_normalise": _CORE + "multi_reward:sum_then_normalise",
+        "normalise_then_sum": _CORE + "multi_reward:normalise_then_sum",
+        "gdpo": _CORE + "multi_reward:gdpo",
+    },
+    "shaping": {
+        "clip": _CORE + "shaping:clip",
+        "scale": _CORE + "shaping:scale",
+    },
+    "filter": {
+        "uniform_groups": _CORE + "filters:uniform_groups",
+        "truncated": _CORE + "filters:truncated",
+        "zero_advantage": _CORE + "filters:zero_advantage",
+    },
+    "baseline": {
+        "none": _CORE + "advantages:no_baseline",
+        "group": _CORE + "advantages:group_baseline",
+        "leave_one_out": _CORE + "advantages:leave_one_out_baseline",
+        "length_weighted": _CORE + "advantages:length_weighted_baseline",
+        "greedy": _CORE + "advantages:greedy_baseline",
+    },
+    "scale": {
+        "none": _CORE + "advantages:no_scale",
+        "group": _CORE + "advantages:group_scale",
+        "batch": _CORE + "advantages:batch_scale",
+        "batch_centred": _CORE + "advantages:batch_centred_scale",
+    },
+    "credit": {
+        "uniform": _CORE + "credit:uniform",
+        "reward_to_go": _CORE + "credit:reward_to_go",
+    },
+    "ratio": {
+        "token": _CORE + "ratios:token",
+        "segment": _CORE + "ratios:segment",
+        "sequence": _CORE + "ratios:sequence",
+    },
+    "trust_region": {
+        "none": _CORE + "trust_regions:unclipped",
+        "ppo_clip": _CORE + "trust_regions:ppo_clip",
+    },
+    "objective": {
+        "policy_gradient": _CORE + "objectives:policy_gradient",
+        "reinforce": _CORE + "objectives:reinforce",
+        "log_policy_gradient": _CORE + "objectives:log_policy_gradient",
+        "weighted_policy_gradient": _CORE + "objectives:weighted_policy_gradient",
+    },
+    "aggregate": {
+        "sequence_mean_token_mean": _CORE + "aggregation:sequence_mean_token_mean",
+        "token_mean": _CORE + "aggregation:token_mean",
+        "sequence_mean_token_sum": _CORE + "aggregation:sequence_mean_token_sum",
+        "constant_norm": _CORE + "aggregation:constant_norm",
+    },
+    "correction": {
+        "none": _CORE + "corrections:none",
+        "truncated": _CORE + "corrections:truncated",
+        "masked": _CORE + "corrections:masked",
+    },
+    "estimator": {
+        "k1": _CORE + "divergence:k1",
+        "k2": _CORE + "divergence:k2",
+        "k3": _CORE + "divergence:k3",
+    },
+}
+"""Method components: slot -> name -> target."""
+
+TRACKERS: dict[str, str] = {}
+"""Trackers: name -> target."""
+
+KINDS: Mapping[str, Mapping[str, str]] = {"tracker": TRACKERS}
+
+
+def load_target(target: str) -> Any:
+    """Import ``"module:name"`` and return the object it names."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
+
+
+def names(kind: str) -> list[str]:
+    """Sorted names of a kind: a component slot or a key of ``KINDS``."""
+    return sorted(_table(kind))
+
+
+def resolve(kind: str, name: str) -> Any:
+    """Return the registered object.
+
+    Raises:
+        UsageError: the kind has no such name; the message ends with the nearest one.
+    """
+    table = _table(kind)
+    if name not in table:
+        raise UsageError(f"unknown {kind} '{name}'{nearest(name, table)}")
+    return load_target(table[name])
+
+
+def component_names(slot: str) -> list[str]:
+    """Sorted names of the components that fit a slot."""
+    return sorted(COMPONENTS.get(slot, {}))
+
+
+def resolve_component(slot: str, name: str) -> Any:
+    """Return a method component; see :func:`resolve`."""
+    return resolve(slot, name)
+
+
+def _table(kind: str) -> Mapping[str, str]:
+    return COMPONENTS[kind] if kind in COMPONENTS else KINDS[kind]

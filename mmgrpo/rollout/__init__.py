@@ -1,0 +1,1 @@
+"""Engines: a policy in, samples out. They never score."""

@@ -1,0 +1,1 @@
+"""Motion: one training step with five verbs, and the loop around it."""

@@ -1,0 +1,113 @@
+"""The report of one step: times, costs, rewards and the update's averages."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mmgrpo.core.collective import Collective
+from mmgrpo.core.groups import group_index, group_std, uniform_groups
+from mmgrpo.core.trajectories import Trajectories
+from mmgrpo.protocols import Cost
+
+
+class Report:
+    """Collects one step's numbers; :meth:`finish` reduces them over ranks."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, float] = defaultdict(float)
+        self.sums: dict[str, float] = defaultdict(float)
+        self.means: dict[str, tuple[float, float]] = {}
+        self.values: dict[str, float] = {}
+        self.first_max_log_ratio: float | None = None
+        self._loss_sums: dict[str, float] = defaultdict(float)
+        self._updates = 0
+        self._pending_ratio = 0.0
+        self._grad_norm = 0.0
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside to ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.times[name] += time.perf_counter() - start
+
+    def count(self, name: str, amount: float) -> None:
+        """Add to a counter that is summed over ranks."""
+        self.sums[name] += amount
+
+    def value(self, name: str, value: float) -> None:
+        """Record a value that is equal on all ranks."""
+        self.values[name] = value
+
+    def mean(self, name: str, x: torch.Tensor) -> None:
+        """Record the mean of the finite entries of ``x``, weighted by their number over ranks."""
+        finite = x[torch.isfinite(x)].double()
+        self.means[name] = (float(finite.sum()), float(finite.numel()))
+
+    def cost(self, cost: Cost) -> None:
+        """Account for network calls and sampled decisions."""
+        self.count("count/forward", cost.forwards)
+        self.count("count/backward", cost.backwards)
+        self.count("count/generated_decisions", cost.decisions)
+
+    def rewards(self, parts: Any, trajectories: Trajectories) -> None:
+        """Statistics of what was sampled and scored."""
+        score = parts.method.score(trajectories)
+        self.mean("reward/mean", score)
+        for name, reward in trajectories.rewards.items():
+            self.mean(f"reward/{name}", reward)
+        self.mean("reward/group_std", group_std(score.double(), trajectories.group))
+        index, count = group_index(trajectories.group)
+        uniform = torch.zeros(count)
+        uniform[index] = uniform_groups(score, trajectories.group).float()
+        self.mean("groups/uniform_fraction", uniform)
+        self.mean("length/mean", trajectories.lengths.float())
+        if trajectories.truncated is not None:
+            self.mean("length/truncated_fraction", trajectories.truncated.float())
+        if trajectories.entropy is not None:
+            self.mean("entropy", trajectories.entropy[trajectories.mask])
+
+    def loss(self, output: Any) -> None:
+        """Add one micro-batch's share of the update's averages."""
+        for name, value in output.metrics.items():
+            self._loss_sums[name] += value
+        self._pending_ratio = max(self._pending_ratio, output.max_log_ratio)
+
+    def update_done(self, grad_norm: float) -> None:
+        """Close one optimiser step."""
+        if self.first_max_log_ratio is None:
+            self.first_max_log_ratio = self._pending_ratio
+        self._updates += 1
+        self._grad_norm += grad_norm
+
+    def finish(self, collective: Collective) -> dict[str, float]:
+        """All metrics of the step, equal on every rank."""
+        updates = max(1, self._updates)
+        metrics = {f"{name}": value for name, value in self.values.items()}
+        names = sorted(self.means)
+        if names:
+            pairs = collective.sum(torch.tensor([self.means[n] for n in names]).double())
+            for name, (total, count) in zip(names, pairs.tolist(), strict=True):
+                metrics[name] = total / count if count else math.nan
+        summed = {**self.sums, **{n: v / updates for n, v in self._loss_sums.items()}}
+        keys = sorted(summed)
+        if keys:
+            totals = collective.sum(torch.tensor([summed[k] for k in keys]).double())
+            metrics.update(zip(keys, totals.tolist(), strict=True))
+        metrics["grad_norm"] = self._grad_norm / updates
+        metrics["ratio/first_max_deviation"] = math.expm1(min(self.first_max_log_ratio or 0.0, 20.0))
+        metrics.setdefault("kl", 0.0)
+        metrics.setdefault("entropy", math.nan)
+        metrics.update(self.times)
+        metrics["time/step_s"] = time.perf_counter() - self._start
+        return metrics

@@ -1,0 +1,29 @@
+"""Rewards that come with the package, one file each: import them as ``mmgrpo.rewards.<name>``.
+
+To add one, write ``rewards/<name>.py`` and add its line to ``REWARDS``. A reward has TRL's
+signature::
+
+    def reward(prompts, completions, **columns) -> list[float | None]
+
+with ``images`` in place of ``completions`` for image generators. It may be ``async``, or a class
+whose instances are called. Parameters without a default (beside the sample's own: ``prompts``,
+``completions``, ``images``, ``lengths``, ``truncated``) are columns the data must have;
+keyword-only parameters with a default, and the parameters of a class, are options of the run's
+configuration. ``None`` means that the reward does not apply to the sample. What the model wrote
+scores a documented value even when it cannot be parsed; a reward that cannot do its own work (an
+unreadable reference answer, a missing file) raises, and is never counted as 0.
+"""
+
+if __name__ == "rewards":
+    raise ModuleNotFoundError("import this package as `mmgrpo.rewards`, not as `rewards`")
+
+REWARDS: dict[str, str] = {
+    "classifier_score": "mmgrpo.rewards.classifier_score:ClassifierScore",
+    "exact_answer": "mmgrpo.rewards.exact_answer:exact_answer",
+    "length_penalty": "mmgrpo.rewards.length_penalty:LengthPenalty",
+    "math_answer": "mmgrpo.rewards.math_answer:math_answer",
+    "multiple_choice": "mmgrpo.rewards.multiple_choice:multiple_choice",
+    "numeric_tolerance": "mmgrpo.rewards.numeric_tolerance:numeric_tolerance",
+    "tag_format": "mmgrpo.rewards.tag_format:tag_format",
+}
+"""Reward name -> ``"module:function or class"``."""
