@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmgrpo import core as core
-    from mmgrpo.build import Trainer as Trainer
+    from mmgrpo.api import Trainer as Trainer
     from mmgrpo.methods import load_method as load_method
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Trainer": "mmgrpo.build:Trainer",
+    "Trainer": "mmgrpo.api:Trainer",
     "core": "mmgrpo.core",
     "load_method": "mmgrpo.methods:load_method",
 }

@@ -5,9 +5,9 @@ Everything that can be wrong is looked at before anything is written.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,391 @@ import torch
 from accelerate import Accelerator
 
 from mmgrpo.config import Config, dump_config
-from mmgrpo.config.schema import Reward
+from mmgrpo.config.schema import ImageConfig, Reward, TextConfig
+from mmgrpo.core.collective import LOCAL
 from mmgrpo.data import PromptSource, check_columns, read_prompts
-from mmgrpo.errors import ConfigError, MethodError, ModelError, UsageError
+from mmgrpo.errors import ConfigError, DataError, MethodError, ModelError
 from mmgrpo.methods import Method, load_method
+from mmgrpo.methods.components import with_default
 from mmgrpo.policies.adapters import Ema, trainable_parameters
-from mmgrpo.protocols import Policy, Prompt, RolloutEngine
-from mmgrpo.registry import resolve
-from mmgrpo.scoring import RewardRunner, load_reward
-from mmgrpo.tracking import Console, JsonlTracker, write_samples
-from mmgrpo.trainer.checkpoint import latest_checkpoint, read_state
+from mmgrpo.plan import describe
+from mmgrpo.protocols import Policy, Prompt, RolloutEngine, Tracker
+from mmgrpo.registry import load_target, resolve
+from mmgrpo.trainer.run_folder import check_run_folder, open_run_folder
+from mmgrpo.scoring import NamedReward, RewardRunner, check_modality, load_rewards
+from mmgrpo.tracking import Console, JsonlTracker, before_after, write_samples
 from mmgrpo.trainer.distributed import EvaluationModule, make_collective
 from mmgrpo.trainer.evaluate import evaluate as run_evaluation
 from mmgrpo.trainer.loop import fit
 from mmgrpo.trainer.optim import make_optimizer
 from mmgrpo.trainer.parts import Evaluator, Parts
+
+REFERENCE_NEEDS = frozenset({"ref_log_prob", "ref_prediction"})
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train, or resume, the run that ``config`` describes; return the last step's metrics."""
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    check_run_folder(config)
+    parts = assemble(config)
+    return run(parts, config)
+
+
+def run(parts: Parts, config: Config) -> dict[str, Any]:
+    """Open the run folder, connect the trackers and loop."""
+    run_dir = Path(config.run_dir)
+    main = parts.accelerator.is_main_process
+    if main:
+        open_run_folder(run_dir, dump_config(config))
+    parts.accelerator.wait_for_everyone()
+    if main:
+        parts.trackers = make_trackers(config, parts.accelerator)
+        parts.write_samples = partial(_write_samples, run_dir)
+        parts.finish = before_after
+    try:
+        return fit(parts, config)
+    finally:
+        for tracker in parts.trackers:
+            tracker.close()
+
+
+def evaluate(config: Config, checkpoint: str | Path) -> dict[str, float]:
+    """Evaluate a checkpoint's weights on ``data.eval``; nothing is written."""
+    method = make_method(config)
+    policy = load_policy(config, method, checkpoint)
+    evaluator = make_evaluator(config, policy, method, load_rewards(_specs(config.rewards)))
+    if evaluator is None:
+        raise ConfigError("data.eval is not set: evaluation needs held-out prompts.")
+    return run_evaluation(evaluator, LOCAL, step=0)[0]
+
+
+def sample(config: Config, checkpoint: str | Path, out: str | Path) -> Path:
+    """Sample held-out (or training) prompts from a checkpoint; write transcripts or images."""
+    method = make_method(config)
+    policy = load_policy(config, method, checkpoint)
+    engine = ENGINES[config.modality](policy, config, method, evaluation=True)
+    prompts = load_prompts(config, config.data.eval or config.data.train)[: config.eval.prompts]
+    rollout = engine.generate(prompts, group_size=config.eval.samples, seed=config.eval.seed)
+    rewards = load_rewards(_specs(config.rewards))
+    scores = make_scorer(rewards, config, prompts).score(rollout.samples, step=0)
+    return write_samples(
+        Path(out), 0, rollout.samples, rewards=scores.values, max_samples=len(rollout.samples)
+    )
+
+
+def plan(config: Config) -> str:
+    """What the run would do and cost; nothing is loaded or written."""
+    method = make_method(config)
+    check_method(method, config, 1)
+    check_run_folder(config)
+    judge = [config.eval.judge] if config.eval.judge else []
+    for reward in load_rewards(_specs([*config.rewards, *judge])):
+        check_modality(reward, config.modality)
+    return describe(config, method)
+
+
+# -- parts --------------------------------------------------------------------------------------
+
+
+def assemble(config: Config, **given: Any) -> Parts:
+    """Build every part of a run.
+
+    Args:
+        config: the run.
+        **given: parts that exist already: ``policy``, ``prompts``, ``eval_prompts``, ``rewards``.
+    """
+    accelerator = Accelerator(mixed_precision="no")
+    collective = make_collective(accelerator)
+    method = make_method(config)
+    check_method(method, config, collective.size)
+    prompts = given.get("prompts") or load_prompts(config, config.data.train)
+    prompts = prompts[: config.data.limit]
+    check_prompts(prompts, config)
+    rewards = given.get("rewards") or load_rewards(_specs(config.rewards))
+    scorer = make_scorer(rewards, config, prompts)
+    policy: Policy = given.get("policy") or make_policy(config, method)
+    policy.network.to(accelerator.device)
+    method = bind_method(method, config, scorer)
+    evaluator = make_evaluator(
+        config, policy, method, rewards, given.get("eval_prompts")
+    )
+    engine = ENGINES[config.modality](policy, config, method, evaluation=False)
+    policy.check(prompts, room=engine.room)
+    greedy = None
+    if "baseline_reward" in method.needs:
+        greedy = ENGINES[config.modality](policy, config, method, evaluation=True)
+    trainable = trainable_parameters(policy.network)
+    settings = config.trainer
+    optimizer = make_optimizer(
+        trainable.values(),
+        learning_rate=settings.learning_rate,
+        betas=(settings.betas[0], settings.betas[1]),
+        weight_decay=settings.weight_decay,
+    )
+    network = EvaluationModule(policy)
+    return Parts(
+        policy=policy,
+        method=method,
+        engine=engine,
+        scorer=scorer,
+        prompts=PromptSource(prompts, seed=config.seed),
+        accelerator=accelerator,
+        collective=collective,
+        network=accelerator.prepare(network),
+        optimizer=optimizer,
+        greedy_engine=greedy,
+        evaluator=evaluator,
+        ema=None if settings.ema_decay is None else Ema(policy.network, settings.ema_decay),
+        shadows={"reference": policy.reference_weights},
+    )
+
+
+def make_method(config: Config) -> Method:
+    """The preset that the configuration names, with its overrides."""
+    return load_method(config.method.id, **config.method.overrides)
+
+
+def bind_method(method: Method, config: Config, scorer: Any) -> Method:
+    """Tell the method what it cannot know: the rewards' weights and the rollout's length limit."""
+    return replace(
+        method,
+        reward_weights=dict(scorer.weights),
+        aggregate=with_default(method.aggregate, length=LENGTH_LIMITS[config.modality](config)),
+    )
+
+
+def check_method(method: Method, config: Config, world: int) -> None:
+    """Refuse a combination of method and run that makes no sense, in one sentence."""
+    if config.modality not in method.modalities:
+        raise MethodError(
+            f"method {method.id} does not fit modality '{config.modality}'; "
+            f"it fits {', '.join(method.modalities)}."
+        )
+    if "groups" in method.needs and config.rollout.group_size < 2:
+        raise MethodError(
+            f"method {method.id} compares the samples of a group, and rollout.group_size is "
+            f"{config.rollout.group_size}: every advantage would be 0; use at least 2."
+        )
+    updates = config.trainer.minibatches * config.trainer.epochs
+    if "on_policy" in method.needs and updates > 1:
+        raise MethodError(
+            f"method {method.id} has no importance ratio and takes one update per rollout; "
+            f"trainer.minibatches x trainer.epochs is {updates}, expected 1."
+        )
+    if method.needs & REFERENCE_NEEDS and config.model.reference == "none":
+        raise MethodError(
+            f"method {method.id} is held to a reference and model.reference is 'none'; use 'auto', "
+            "or switch the term off (regulariser.kl.coefficient=0, reward.kl=0)."
+        )
+    if config.rollout.prompts_per_step % world:
+        raise ConfigError(
+            f"rollout.prompts_per_step is {config.rollout.prompts_per_step} and does not divide "
+            f"among {world} processes; expected a multiple of {world}."
+        )
+
+
+def check_prompts(prompts: list[Prompt], config: Config) -> None:
+    """Refuse a step that wants more prompts than there are."""
+    if len(prompts) < config.rollout.prompts_per_step:
+        raise DataError(
+            f"{config.data.train}: {len(prompts)} rows, and rollout.prompts_per_step asks for "
+            f"{config.rollout.prompts_per_step} different prompts."
+        )
+
+
+def load_prompts(config: Config, path: str) -> list[Prompt]:
+    """Read and validate a data file as the modality wants it."""
+    return read_prompts(
+        path,
+        modality=config.modality,
+        prompt_column=config.data.prompt_column,
+        **PROMPT_OPTIONS[config.modality](config),
+    )
+
+
+def make_scorer(
+    rewards: list[NamedReward], config: Config, prompts: list[Prompt]
+) -> RewardRunner:
+    """Check loaded rewards against the samples and the data's columns, and put them to work."""
+    for reward in rewards:
+        check_modality(reward, config.modality)
+        check_columns(prompts, reward.required_columns, reward.name)
+    return RewardRunner(
+        rewards,
+        failure=config.reward_failure,
+        timeout_s=config.reward_timeout_s,
+        save_dir=Path(config.run_dir),
+    )
+
+
+def _specs(rewards: list[Reward]) -> list[dict[str, Any]]:
+    return [reward.model_dump() for reward in rewards]
+
+
+def make_policy(config: Config, method: Method, folder: str | None = None) -> Policy:
+    """Load the model that trains, with the reference its method needs and no other."""
+    needed = bool(method.needs & REFERENCE_NEEDS)
+    reference = config.model.reference if needed else "none"
+    return POLICIES[config.modality](config, folder or config.model.path, reference)
+
+
+def load_policy(config: Config, method: Method, checkpoint: str | Path) -> Policy:
+    """The policy with a checkpoint's weights."""
+    folder = Path(checkpoint)
+    folder = folder / "hf" if (folder / "hf").is_dir() else folder
+    if not folder.is_dir():
+        raise ModelError(f"no checkpoint at {checkpoint}; expected checkpoints/step_NNNNNN.")
+    if config.model.lora is None:
+        return make_policy(config, method, str(folder))
+    policy = make_policy(config, method)
+    policy.load_export(folder)
+    return policy
+
+
+def make_evaluator(
+    config: Config,
+    policy: Policy,
+    method: Method,
+    rewards: list[NamedReward],
+    prompts: list[Prompt] | None = None,
+) -> Evaluator | None:
+    """Held-out evaluation: the run's rewards and the judge, with the evaluation's sampling."""
+    if prompts is None:
+        if config.data.eval is None:
+            return None
+        prompts = load_prompts(config, config.data.eval)
+    judge = config.eval.judge
+    judges = [] if judge is None else load_rewards(_specs([judge]))
+    names = {reward.name for reward in rewards}
+    judges = [replace(j, name="judge") if j.name in names else j for j in judges]
+    scorer = make_scorer([*rewards, *judges], config, prompts)
+    engine = ENGINES[config.modality](policy, config, method, evaluation=True)
+    policy.check(prompts, room=engine.room)
+    return Evaluator(
+        engine=engine,
+        scorer=scorer,
+        prompts=PromptSource(prompts, seed=config.eval.seed, shuffle=False),
+        samples=config.eval.samples,
+        limit=config.eval.prompts,
+        seed=config.eval.seed,
+        judge=list(scorer.weights)[-1 if judge is not None else 0],
+    )
+
+
+def make_trackers(config: Config, accelerator: Accelerator) -> list[Tracker]:
+    """metrics.jsonl and the console, then what the configuration names."""
+    run_dir = Path(config.run_dir)
+    trackers: list[Tracker] = [
+        JsonlTracker(run_dir / "metrics.jsonl"),
+        Console(total_steps=config.trainer.steps),
+    ]
+    for name in config.tracking.trackers:
+        trackers.append(resolve("tracker", name)(run_dir, config.model_dump()))
+    return trackers
+
+
+def _write_samples(
+    run_dir: Path, step: int, samples: Any, rewards: Any, advantage: Any, kind: str
+) -> None:
+    write_samples(run_dir, step, samples, rewards=rewards, advantage=advantage, kind=kind)
+
+
+# -- what differs by modality: constructors and names of settings -------------------------------
+
+
+def _lora(config: Config) -> dict[str, Any] | None:
+    return None if config.model.lora is None else config.model.lora.model_dump()
+
+
+def _token_policy(target: str, config: TextConfig, folder: str, reference: str) -> Policy:
+    options = {"train_vision": config.model.train_vision} if config.modality == "vision" else {}
+    policy: Policy = load_target(target)(
+        folder,
+        lora=_lora(config),
+        reference=reference,
+        dtype=config.model.dtype,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        attention=config.model.attention,
+        max_prompt_tokens=config.model.max_prompt_tokens,
+        **options,
+    )
+    return policy
+
+
+def _flow_policy(config: ImageConfig, folder: str, reference: str) -> Policy:
+    policy: Policy = load_target("mmgrpo.policies.flow:FlowPolicy")(
+        folder,
+        lora=_lora(config),
+        reference=reference,
+        dtype=config.model.dtype,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        guidance_scale=config.rollout.guidance_scale,
+    )
+    return policy
+
+
+def _token_engine(
+    policy: Policy, config: TextConfig, method: Method, *, evaluation: bool
+) -> RolloutEngine:
+    rollout = config.rollout
+    settings: dict[str, Any] = {"temperature": config.eval.temperature}
+    if not evaluation:
+        settings = {
+            "temperature": rollout.temperature,
+            "top_p": rollout.top_p,
+            "top_k": rollout.top_k or 0,
+            "min_p": rollout.min_p,
+        }
+    engine: RolloutEngine = load_target("mmgrpo.rollout.autoregressive:AutoregressiveEngine")(
+        policy, max_new_tokens=rollout.max_new_tokens, stop=tuple(rollout.stop), **settings
+    )
+    return engine
+
+
+def _flow_engine(
+    policy: Policy, config: ImageConfig, method: Method, *, evaluation: bool
+) -> RolloutEngine:
+    rollout, fixed = config.rollout, method.rollout
+    settings: dict[str, Any] = {
+        "kernel": "ode",
+        "num_steps": config.eval.num_steps or rollout.num_steps,
+        "guidance_scale": config.eval.guidance_scale,
+    }
+    if not evaluation:
+        settings = {
+            "kernel": fixed.kernel,
+            "eta": fixed.eta,
+            "selection": dict(fixed.selection),
+            "shared_noise": fixed.shared_noise,
+            "num_steps": rollout.num_steps,
+        }
+    engine: RolloutEngine = load_target("mmgrpo.rollout.flow:FlowEngine")(
+        policy, height=rollout.height, width=rollout.width, shift=rollout.shift, **settings
+    )
+    return engine
+
+
+POLICIES: Mapping[str, Callable[..., Policy]] = {
+    "text": partial(_token_policy, "mmgrpo.policies.autoregressive:AutoregressivePolicy"),
+    "vision": partial(_token_policy, "mmgrpo.policies.multimodal:VisionLanguagePolicy"),
+    "image": _flow_policy,
+}
+ENGINES: Mapping[str, Callable[..., RolloutEngine]] = {
+    "text": _token_engine,
+    "vision": _token_engine,
+    "image": _flow_engine,
+}
+LENGTH_LIMITS: Mapping[str, Callable[[Any], int]] = {
+    "text": lambda config: config.rollout.max_new_tokens,
+    "vision": lambda config: config.rollout.max_new_tokens,
+    "image": lambda config: config.rollout.num_steps - 1,
+}
+PROMPT_OPTIONS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
+    "text": lambda config: {"system_prompt": config.data.system_prompt},
+    "vision": lambda config: {
+        "system_prompt": config.data.system_prompt,
+        "image_column": config.data.image_column,
+    },
+    "image": lambda config: {},
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mmgrpo.errors import ConfigError, nearest
 
-REDUCTIONS = {
-    "mean": lambda probability, right: probability.mean(dim=1),
-    "product": lambda probability, right: probability.prod(dim=1),
-    "all_correct": lambda probability, right: right.all(dim=1).float(),
+REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": lambda probability, _right: probability.mean(dim=1),
+    "product": lambda probability, _right: probability.prod(dim=1),
+    "all_correct": lambda _probability, right: right.all(dim=1).float(),
 }
+"""From the right classes' probability and being most probable, each ``[B, cells]``, to ``[B]``."""
 
 
 class ClassifierScore:
@@ -53,7 +54,9 @@ class ClassifierScore:
         if not (Path(path) / "config.json").is_file():
             raise ConfigError(f"classifier_score: '{path}' is not a model folder (no config.json).")
         if reduce not in REDUCTIONS:
-            raise ConfigError(f"classifier_score: unknown reduce '{reduce}'{nearest(reduce, REDUCTIONS)}")
+            raise ConfigError(
+                f"classifier_score: unknown reduce '{reduce}'{nearest(reduce, REDUCTIONS)}"
+            )
         self.path = path
         self.rows, self.columns = (int(cells) for cells in grid)
         self.reduce = REDUCTIONS[reduce]
@@ -62,7 +65,7 @@ class ClassifierScore:
         self._loaded: tuple[Any, Any] | None = None
 
     def __call__(
-        self, images: list[Image.Image], labels: list[list[int] | None], **columns: Any
+        self, images: list[Image.Image], labels: list[list[int] | None], **_columns: Any
     ) -> list[float | None]:
         """Score each picture; see the class."""
         scored = [number for number, wanted in enumerate(labels) if wanted is not None]

@@ -14,7 +14,7 @@ def exact_answer(
     *,
     tag: str = "answer",
     case_sensitive: bool = False,
-    **columns: Any,
+    **_columns: Any,
 ) -> list[float | None]:
     """Score 1 where the text in the last ``<answer>`` tag is the column ``answer``.
 

@@ -30,7 +30,7 @@ class LengthPenalty:
         self.max_length = max_length
         self.buffer = buffer
 
-    def __call__(self, lengths: list[int], **columns: Any) -> list[float | None]:
+    def __call__(self, lengths: list[int], **_columns: Any) -> list[float | None]:
         """Score by ``lengths``, the number of sampled tokens of each completion."""
         return [self._penalty(length) for length in lengths]
 

@@ -14,7 +14,7 @@ _ALONE = re.compile(r"(?<![\w'])([A-Z])(?![\w'])")
 
 
 def multiple_choice(
-    completions: list[Any], answer: list[Any], *, choices: str = LETTERS, **columns: Any
+    completions: list[Any], answer: list[Any], *, choices: str = LETTERS, **_columns: Any
 ) -> list[float | None]:
     r"""Score 1 where the chosen letter is the column ``answer``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from .text import NUMBER, as_number, find_answer, text_of
+from .text import MINUS, NUMBER, as_number, find_answer, text_of
 
 
 def numeric_tolerance(
@@ -15,7 +15,7 @@ def numeric_tolerance(
     relative: float = 0.01,
     absolute: float = 0.0,
     extract: str = "any",
-    **columns: Any,
+    **_columns: Any,
 ) -> list[float | None]:
     r"""Score 1 where the number in the answer is within tolerance of the column ``answer``.
 
@@ -56,7 +56,7 @@ def single_number(text: str) -> Fraction | None:
     Fraction(12, 1)
     """
     whole = as_number(text)
-    numbers = NUMBER.findall(text.replace("−", "-"))
+    numbers = NUMBER.findall(text.replace(MINUS, "-"))
     if whole is not None or len(numbers) != 1:
         return whole
     return as_number(numbers[0])

@@ -14,7 +14,7 @@ def tag_format(
     think: str = "think",
     answer: str = "answer",
     opened: bool = False,
-    **columns: Any,
+    **_columns: Any,
 ) -> list[float | None]:
     """Score 1 where a completion is ``<think>...</think><answer>...</answer>``.
 
@@ -25,7 +25,8 @@ def tag_format(
 
     Args:
         completions: what the model wrote.
-        think, answer: names of the tags.
+        think: name of the first tag.
+        answer: name of the second tag.
         opened: the chat template already wrote ``<think>``, so the completion starts inside it.
     """
     start = "" if opened else rf"\s*<{think}>"

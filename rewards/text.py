@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+MINUS = "\N{MINUS SIGN}"
 NUMBER = re.compile(
     r"(?:(?<![\w)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}\b)?"
 )
@@ -14,7 +15,7 @@ NUMBER = re.compile(
 
 
 def text_of(completion: Any) -> str:
-    """Return the text of a completion or prompt: a string, or chat messages, whose texts are joined.
+    """Return the text of a completion or prompt: a string, or the joined texts of chat messages.
 
     >>> text_of([{"role": "assistant", "content": "4"}])
     '4'
@@ -65,7 +66,7 @@ def last_number(text: str) -> str | None:
     >>> last_number("3 apples and 1,200.5 pears.")
     '1,200.5'
     """
-    found = NUMBER.findall(text.replace("−", "-"))
+    found = NUMBER.findall(text.replace(MINUS, "-"))
     return found[-1] if found else None
 
 
@@ -75,7 +76,7 @@ def as_number(text: str) -> Fraction | None:
     >>> as_number("1,200.5")
     Fraction(2401, 2)
     """
-    top, slash, bottom = text.strip().replace("−", "-").partition("/")
+    top, slash, bottom = text.strip().replace(MINUS, "-").partition("/")
     parts = [part.strip() for part in ((top, bottom) if slash else (top,))]
     if not all(NUMBER.fullmatch(part) for part in parts):
         return None

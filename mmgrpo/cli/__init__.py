@@ -1,1 +1,1 @@
-"""The command line. Commands import what they run when they run it, so ``--help`` answers at once."""
+"""The command line. Commands import what they run when they run it, so ``--help`` is instant."""

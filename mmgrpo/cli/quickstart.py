@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def run(config: Config) -> Outcome:
     build.train(config)
     seconds = time.perf_counter() - start
     run_dir = Path(config.run_dir)
-    success = read_metric(run_dir, SUCCESS)
+    success = read_metric(run_dir, SUCCESS) or [math.nan]  # an override switched it off
     return Outcome(config.modality, success[0], success[-1], seconds, run_dir)
 
 

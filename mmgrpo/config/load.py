@@ -108,7 +108,7 @@ def _display(file: Path) -> str:
 
 def _validate(data: dict[str, Any], origins: Origins, base: Path | None) -> Config:
     modality = data.get("modality")
-    if modality not in MODALITIES:
+    if not isinstance(modality, str) or modality not in MODALITIES:
         where = origin(("modality",), origins)
         if modality is None:
             raise ConfigError(f"{where}modality is required: {', '.join(MODALITIES)}.")

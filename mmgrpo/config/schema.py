@@ -120,8 +120,6 @@ class Model(Section):
     reference: Literal["auto", "adapter_off", "copy", "ema", "none"] = "auto"
     """Where the reference comes from, if the method needs one; auto: adapter_off, else copy."""
     gradient_checkpointing: bool = False
-    max_prompt_tokens: PositiveInt | None = None
-    """A longer prompt is an error; null: what the model's context leaves beside the completion."""
 
 
 class TextModel(Model):
@@ -129,6 +127,8 @@ class TextModel(Model):
 
     attention: str = "sdpa"
     """Attention implementation of transformers."""
+    max_prompt_tokens: PositiveInt | None = None
+    """A longer prompt is an error; null: what the model's context leaves beside the completion."""
 
 
 class VisionModel(TextModel):

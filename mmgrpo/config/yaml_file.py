@@ -16,6 +16,7 @@ from mmgrpo.errors import ConfigError
 
 Lines = dict[tuple[str | int, ...], int]
 
+_EXOTIC_BREAKS = {"\x85", "\u2028", "\u2029"}
 _FLOAT = (
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
@@ -36,10 +37,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key '{key.value}' stands twice", problem_mark=key.start_mark
-                )
+            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
+                problem = f"the key '{key.value}' stands twice"
+                if not isinstance(key, yaml.ScalarNode):
+                    problem = "a key should be one word"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -51,6 +53,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if _EXOTIC_BREAKS & set(text) else None  # elsewhere they would be folded away
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_str)
 for _tag, (_pattern, _first) in _SCALARS.items():
     _regexp = re.compile(f"^(?:{_pattern})$")
     for _class in (_Loader, _Dumper):
@@ -67,14 +75,12 @@ def parse_yaml(text: str, name: str) -> tuple[Any, Lines]:
     Raises:
         ConfigError: not YAML, or a repeated key.
     """
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         data = None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ConfigError(_describe(error, name)) from None
-    finally:
-        loader.dispose()
     return data, dict(_lines(node, ()))
 
 
@@ -99,4 +105,5 @@ def _lines(
 def _describe(error: yaml.YAMLError, name: str) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"{name}:{mark.line + 1}" if mark else name
-    return f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+    return f"{where}: not valid YAML: {problem}"

@@ -1,8 +1,9 @@
 """Baselines and scales: how rewards ``[B]`` become sample advantages ``[B]``.
 
 A baseline is a function (reward, trajectories) -> ``[B]``; a scale is a function
-(reward, centred, trajectories) -> divisor ``[B]``. Both see the whole update through the
-collective. NaN rewards stay NaN and end as advantage 0.
+(reward, centred, trajectories) -> divisor, ``[B]`` or ``[]``. Both see whole groups, and the whole
+update through the collective. NaN rewards enter no statistic and stay NaN. A group of one sample
+has nothing to compare with: baseline 0, scale 1.
 """
 
 from __future__ import annotations
@@ -10,8 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmgrpo.core.collective import LOCAL, Collective
-from mmgrpo.core.groups import group_mean, group_std, group_sum, leave_one_out_mean
+from mmgrpo.core.collective import LOCAL, Collective, moments
+from mmgrpo.core.groups import (
+    group_count,
+    group_index,
+    group_mean,
+    group_std,
+    group_sum,
+    leave_one_out_mean,
+    uniform_groups,
+    zero_nan,
+)
 from mmgrpo.core.trajectories import Trajectories
 
 
@@ -22,7 +32,7 @@ def no_baseline(reward: Tensor, trajectories: Trajectories) -> Tensor:
 
 def group_baseline(reward: Tensor, trajectories: Trajectories) -> Tensor:
     """Mean reward of the group (GRPO, arXiv:2402.03300)."""
-    return group_mean(reward, trajectories.group)
+    return _unless_alone(group_mean(reward, trajectories.group), reward, trajectories)
 
 
 def leave_one_out_baseline(reward: Tensor, trajectories: Trajectories) -> Tensor:
@@ -37,8 +47,9 @@ def length_weighted_baseline(reward: Tensor, trajectories: Trajectories) -> Tens
     """
     length = trajectories.lengths.to(reward.dtype)
     length = torch.where(reward.isnan(), torch.zeros_like(length), length)
-    weighted = group_sum(reward * length, trajectories.group)
-    return weighted / group_sum(length, trajectories.group).clamp_min(1.0)
+    total = group_sum(zero_nan(reward) * length, trajectories.group)
+    mean = total / group_sum(length, trajectories.group).clamp_min(1.0)
+    return _unless_alone(mean, reward, trajectories)
 
 
 def greedy_baseline(reward: Tensor, trajectories: Trajectories) -> Tensor:
@@ -48,13 +59,30 @@ def greedy_baseline(reward: Tensor, trajectories: Trajectories) -> Tensor:
     return trajectories.baseline_reward.to(reward.dtype)
 
 
-def no_scale(reward: Tensor, centred: Tensor, trajectories: Trajectories, **_: object) -> Tensor:
+def _unless_alone(baseline: Tensor, reward: Tensor, trajectories: Trajectories) -> Tensor:
+    alone = group_count(reward, trajectories.group) < 2
+    return torch.where(alone, torch.zeros_like(baseline), baseline)
+
+
+def no_scale(
+    reward: Tensor,
+    centred: Tensor,
+    trajectories: Trajectories,
+    *,
+    ddof: int,
+    collective: Collective = LOCAL,
+) -> Tensor:
     """1: no division (Dr. GRPO, arXiv:2503.20783)."""
     return torch.ones_like(reward)
 
 
 def group_scale(
-    reward: Tensor, centred: Tensor, trajectories: Trajectories, *, ddof: int, **_: object
+    reward: Tensor,
+    centred: Tensor,
+    trajectories: Trajectories,
+    *,
+    ddof: int,
+    collective: Collective = LOCAL,
 ) -> Tensor:
     """Standard deviation of the group's rewards (GRPO)."""
     return group_std(reward, trajectories.group, ddof=ddof)
@@ -69,7 +97,7 @@ def batch_scale(
     collective: Collective = LOCAL,
 ) -> Tensor:
     """Standard deviation of the raw rewards of the whole update (Flow-GRPO's code default)."""
-    return _batch_std(reward, ddof, collective).expand_as(reward)
+    return _update_std(reward, ddof, collective)
 
 
 def batch_centred_scale(
@@ -81,13 +109,29 @@ def batch_centred_scale(
     collective: Collective = LOCAL,
 ) -> Tensor:
     """Standard deviation of the group-centred rewards of the whole update."""
-    return _batch_std(centred, ddof, collective).expand_as(reward)
+    return _update_std(centred, ddof, collective)
 
 
-def _batch_std(x: Tensor, ddof: int, collective: Collective) -> Tensor:
-    values = collective.gather(x)
-    values = values[~values.isnan()]
-    return values.std(correction=ddof) if len(values) > ddof else x.new_ones(())
+def _update_std(x: Tensor, ddof: int, collective: Collective) -> Tensor:
+    count, _, squares = moments(zero_nan(x), ~x.isnan(), collective)
+    std = (squares / (count - ddof).clamp_min(1.0)).sqrt()
+    return torch.where(count > 1, std, torch.ones_like(std)).to(x.dtype)
+
+
+def valid_group_factor(
+    reward: Tensor, trajectories: Trajectories, *, cap: float, collective: Collective = LOCAL
+) -> Tensor:
+    """min(cap, B / (B - M)) of B groups, M without spread (GPG, arXiv:2504.02546).
+
+    Undoes the shrinking of the update by groups that carry no signal. A group to which the reward
+    applies nowhere is not counted.
+    """
+    index, count = group_index(trajectories.group)
+    groups = torch.zeros(2, count, dtype=torch.double, device=index.device)
+    groups[0, index] = (group_count(reward, trajectories.group) > 0).double()
+    groups[1, index] = (~uniform_groups(reward, trajectories.group)).double()
+    present, valid = collective.sum(groups.sum(dim=1))
+    return (present / valid.clamp_min(1.0)).clamp_max(cap)
 
 
 def whiten(
@@ -100,16 +144,16 @@ def whiten(
 ) -> Tensor:
     """Shift and scale ``advantage`` to weighted mean 0 and variance 1 over the whole update.
 
+    Over the rollout batch, never over a micro-batch (REINFORCE++, arXiv:2501.03262).
+
     Args:
         advantage: ``[B, T]`` (decisions) or ``[B]`` (samples).
         weight: same shape; 0 leaves an entry out. Decision weights make long samples count more.
         unbiased: use Bessel's correction.
         eps: floor of the variance.
-
-    Source: REINFORCE++ (arXiv:2501.03262), over the rollout batch, never over a micro-batch.
+        collective: reaches the other ranks.
     """
-    count = collective.sum(weight.sum())
-    mean = collective.sum((advantage * weight).sum()) / count.clamp_min(1.0)
-    squares = collective.sum(((advantage - mean) ** 2 * weight).sum())
+    count, mean, squares = moments(advantage, weight, collective)
     variance = squares / (count - float(unbiased)).clamp_min(1.0)
-    return (advantage - mean) / variance.clamp_min(eps).sqrt() * (weight > 0)
+    whitened = (advantage - mean) / variance.clamp_min(eps).sqrt()
+    return torch.where(weight > 0, whitened, torch.zeros_like(whitened)).to(advantage.dtype)

@@ -59,6 +59,9 @@ def constant_norm(
     """(1/(N L)) sum_i sum_t loss with a constant L (Dr. GRPO, arXiv:2503.20783).
 
     Args:
+        loss: ``[B, T]``.
+        weight: ``[B, T]``.
+        total: counts over the whole update.
         length: L, the rollout's length limit, which must not change from batch to batch; the
             trainer supplies it. None takes the width T of the given tensors.
     """

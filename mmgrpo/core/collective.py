@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -21,3 +22,19 @@ class Collective:
 
 
 LOCAL = Collective()
+
+
+def moments(
+    x: Tensor, weight: Tensor, collective: Collective = LOCAL
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (total weight, weighted mean, weighted sum of squared deviations) over all ranks.
+
+    Args:
+        x: finite values of any shape; summed in float64.
+        weight: same shape.
+        collective: reaches the other ranks.
+    """
+    x, weight = x.double(), weight.double()
+    count, total = collective.sum(torch.stack([weight.sum(), (x * weight).sum()]))
+    mean = total / torch.where(count > 0, count, torch.ones_like(count))
+    return count, mean, collective.sum(((x - mean) ** 2 * weight).sum())

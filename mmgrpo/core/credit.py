@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmgrpo.core.groups import group_index
 from mmgrpo.core.trajectories import Trajectories
 
 
@@ -13,21 +14,18 @@ def uniform(advantage: Tensor, trajectories: Trajectories) -> Tensor:
     return advantage[:, None] * trajectories.mask
 
 
-def reward_to_go(
-    advantage: Tensor, trajectories: Trajectories, *, gamma: float = 1.0
-) -> Tensor:
+def reward_to_go(advantage: Tensor, trajectories: Trajectories, *, gamma: float = 1.0) -> Tensor:
     """The sample's advantage arrives at its last decision, step rewards where they were earned.
 
     A_t = sum_{u >= t} gamma^(u-t) R_u with R_u = step_reward_u + 1[u last] advantage, counted over
     masked-in decisions (REINFORCE++, arXiv:2501.03262).
     """
     mask = trajectories.mask
-    steps = torch.zeros_like(mask, dtype=advantage.dtype)
-    if trajectories.step_reward is not None:
-        steps = trajectories.step_reward.to(advantage.dtype) * mask
     later = mask.long().flip(1).cumsum(1).flip(1)
-    last = mask & (later == 1)
-    steps = steps + advantage[:, None] * last
+    steps = advantage[:, None] * (mask & (later == 1))
+    if trajectories.step_reward is not None:
+        earned = trajectories.step_reward.to(advantage.dtype)
+        steps = steps + torch.where(mask, earned, torch.zeros_like(earned))
     returns = torch.zeros_like(steps)
     running = torch.zeros_like(advantage)
     for t in reversed(range(mask.shape[1])):
@@ -36,18 +34,35 @@ def reward_to_go(
     return returns * mask
 
 
-def node_mean(value: Tensor, node: Tensor, mask: Tensor) -> Tensor:
-    """Average ``value [B, T]`` over the rows that share a decision (equal ``node`` ids)."""
-    ids, index = torch.unique(node, return_inverse=True)
+def node_mean(value: Tensor, trajectories: Trajectories) -> Tensor:
+    """Average ``value [B, T]`` over the rows of a group that share a decision; 0 off the mask."""
+    total, count = _node_sums(value, trajectories)
+    return torch.where(trajectories.mask, total / count.clamp_min(1.0), torch.zeros_like(value))
+
+
+def node_weight(trajectories: Trajectories, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[B, T]``: 1 / (number of rows sharing the decision), so that it counts once.
+
+    Only masked-in decisions count. Without ``node`` ids every decision is its own.
+    """
+    one = trajectories.mask.to(dtype)
+    if trajectories.node is None:
+        return one
+    return one / _node_sums(one, trajectories)[1].clamp_min(1.0)
+
+
+def _node_sums(value: Tensor, trajectories: Trajectories) -> tuple[Tensor, Tensor]:
+    """``[B, T]`` sum of ``value`` and number of rows, over the rows that share the decision."""
+    if trajectories.node is None:
+        raise ValueError("shared decisions need trajectories.node")
+    mask, node = trajectories.mask, trajectories.node
+    group = group_index(trajectories.group)[0][:, None].expand_as(node)
+    keys, index = torch.unique(
+        torch.stack([group, node], dim=-1).flatten(0, 1), dim=0, return_inverse=True
+    )
     weight = mask.to(value.dtype)
-    total = value.new_zeros(len(ids)).index_add_(0, index.flatten(), (value * weight).flatten())
-    count = value.new_zeros(len(ids)).index_add_(0, index.flatten(), weight.flatten())
-    return (total / count.clamp_min(1.0))[index] * weight
-
-
-def node_weight(node: Tensor, mask: Tensor) -> Tensor:
-    """``[B, T]`` float: 1 / (number of rows sharing the decision), so that it counts once."""
-    ids, index = torch.unique(node, return_inverse=True)
-    count = torch.zeros(len(ids), device=node.device)
-    count.index_add_(0, index.flatten(), mask.flatten().float())
-    return mask / count.clamp_min(1.0)[index]
+    masked = torch.where(mask, value, torch.zeros_like(value))
+    sums = value.new_zeros(2, len(keys))
+    sums.index_add_(1, index, torch.stack([masked.flatten(), weight.flatten()]))
+    total, count = sums[:, index].unflatten(1, node.shape)
+    return total, count

@@ -20,12 +20,12 @@ def k1(log_prob: Tensor, other_log_prob: Tensor) -> Tensor:
 
 def k2(log_prob: Tensor, other_log_prob: Tensor) -> Tensor:
     """d^2 / 2."""
-    return (log_prob - other_log_prob) ** 2 / 2
+    return k1(log_prob, other_log_prob) ** 2 / 2
 
 
 def k3(log_prob: Tensor, other_log_prob: Tensor) -> Tensor:
     """exp(-d) + d - 1 >= 0."""
-    difference = (log_prob - other_log_prob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    difference = k1(log_prob, other_log_prob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return torch.expm1(-difference) + difference
 
 

@@ -12,6 +12,9 @@ from torch import Tensor
 from mmgrpo.core import groups
 from mmgrpo.core.trajectories import Trajectories
 
+BEFORE_STATISTICS = frozenset({"uniform_groups"})
+"""Filters whose samples leave the statistics too; the others only leave the loss."""
+
 
 def uniform_groups(trajectories: Trajectories, score: Tensor) -> Tensor:
     """Leave out groups whose rewards are all equal (dynamic sampling, arXiv:2503.14476)."""
@@ -19,7 +22,10 @@ def uniform_groups(trajectories: Trajectories, score: Tensor) -> Tensor:
 
 
 def truncated(trajectories: Trajectories, score: Tensor) -> Tensor:
-    """Leave out samples that the length limit cut off (overlong filtering, arXiv:2503.14476)."""
+    """Leave out samples that the length limit cut off (overlong filtering, arXiv:2503.14476).
+
+    Their rewards still count in the group's baseline.
+    """
     if trajectories.truncated is None:
         return torch.ones_like(trajectories.group, dtype=torch.bool)
     return ~trajectories.truncated
@@ -29,4 +35,4 @@ def zero_advantage(trajectories: Trajectories, score: Tensor) -> Tensor:
     """Leave out samples whose advantage is zero everywhere (Flow-GRPO, arXiv:2505.05470)."""
     if trajectories.advantage is None:
         return torch.ones_like(trajectories.group, dtype=torch.bool)
-    return (trajectories.advantage * trajectories.mask != 0).any(dim=1)
+    return ((trajectories.advantage != 0) & trajectories.mask).any(dim=1)

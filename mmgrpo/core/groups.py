@@ -1,6 +1,7 @@
 """Statistics over prompt groups. Every function returns one value per sample, ``[B]``.
 
-NaN marks a sample that a reward does not apply to: it enters no sum and no count.
+NaN marks a sample that a reward does not apply to: it enters no sum and no count, as if the group
+did not contain it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ def group_index(group: Tensor) -> tuple[Tensor, int]:
     return index, len(ids)
 
 
+def zero_nan(x: Tensor) -> Tensor:
+    """``x`` with 0 in place of NaN."""
+    return torch.where(x.isnan(), torch.zeros_like(x), x)
+
+
 def group_sum(x: Tensor, group: Tensor) -> Tensor:
     """Sum of ``x [B]`` over each sample's group, NaNs left out."""
     index, count = group_index(group)
-    return x.new_zeros(count).index_add_(0, index, x.nan_to_num(0.0))[index]
+    return x.new_zeros(count).index_add_(0, index, zero_nan(x))[index]
 
 
 def group_count(x: Tensor, group: Tensor) -> Tensor:
@@ -39,31 +45,33 @@ def group_mean(x: Tensor, group: Tensor) -> Tensor:
 
 
 def group_std(x: Tensor, group: Tensor, *, ddof: int = 1) -> Tensor:
-    """Standard deviation over each sample's group; 1 where fewer than ``ddof + 1`` samples apply.
+    """Standard deviation over each sample's group; 1 where fewer than two samples apply.
 
     ``ddof`` 1 is the sample, 0 the population standard deviation.
     """
     count = group_count(x, group)
     squares = group_sum((x - group_mean(x, group)) ** 2, group)
     std = (squares / (count - ddof).clamp_min(1.0)).sqrt()
-    return torch.where(count > ddof, std, torch.ones_like(std))
+    return torch.where(count > 1, std, torch.ones_like(std))
 
 
 def leave_one_out_mean(x: Tensor, group: Tensor) -> Tensor:
     """Mean of the *other* samples of the group; 0 where there is none (RLOO, arXiv:2402.14740)."""
     others = group_count(x, group) - (~x.isnan()).to(x.dtype)
-    total = group_sum(x, group) - x.nan_to_num(0.0)
+    total = group_sum(x, group) - zero_nan(x)
     return torch.where(others > 0, total / others.clamp_min(1.0), torch.zeros_like(total))
 
 
 def uniform_groups(x: Tensor, group: Tensor, *, rtol: float = DEGENERATE_RTOL) -> Tensor:
-    """``[B]`` bool: the sample's group has no spread (max - min <= rtol * max |x|)."""
+    """``[B]`` bool: the sample's group has no spread (max - min <= rtol * max |x|).
+
+    A group with fewer than two samples to which ``x`` applies has none.
+    """
     index, count = group_index(group)
     high = x.new_full((count,), -torch.inf)
     low = x.new_full((count,), torch.inf)
-    high = high.scatter_reduce(0, index, x.nan_to_num(-torch.inf), "amax")
-    low = low.scatter_reduce(0, index, x.nan_to_num(torch.inf), "amin")
-    magnitude = torch.maximum(high.abs(), low.abs())
-    spread = torch.where(high >= low, high - low, torch.zeros_like(high))
-    uniform = (spread <= rtol * magnitude) | ~spread.isfinite()
+    high = high.scatter_reduce(0, index, torch.where(x.isnan(), high[index], x), "amax")
+    low = low.scatter_reduce(0, index, torch.where(x.isnan(), low[index], x), "amin")
+    empty = high < low
+    uniform = empty | (high - low <= rtol * torch.maximum(high.abs(), low.abs()))
     return uniform[index]

@@ -14,6 +14,19 @@ from mmgrpo.core.trust_regions import Region
 TrustRegion = Callable[[Tensor, Tensor], Region]
 
 
+class Decisions(NamedTuple):
+    """What an objective sees of the decisions, each ``[B, T]`` and finite where the mask is off.
+
+    ``log_ratio`` is at the method's level (token, segment, sequence), the log-probabilities are
+    the decisions' own; only ``log_ratio`` and ``log_prob`` carry gradients.
+    """
+
+    log_ratio: Tensor
+    log_prob: Tensor
+    old_log_prob: Tensor
+    advantage: Tensor
+
+
 class Surrogate(NamedTuple):
     """Loss ``[B, T]`` and ``kept [B, T]`` bool, False where a bound cut the gradient."""
 
@@ -21,69 +34,52 @@ class Surrogate(NamedTuple):
     kept: Tensor
 
 
-def policy_gradient(
-    log_ratio: Tensor,
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    advantage: Tensor,
-    *,
-    trust_region: TrustRegion,
-) -> Surrogate:
+def policy_gradient(decisions: Decisions, *, trust_region: TrustRegion) -> Surrogate:
     """Importance-weighted policy gradient under a trust region: -ratio_eff * A (PPO, GRPO, ...)."""
-    region = trust_region(log_ratio.exp(), advantage)
-    return Surrogate(-region.ratio * advantage, region.kept)
+    region = trust_region(decisions.log_ratio.exp(), decisions.advantage)
+    return Surrogate(-region.ratio * decisions.advantage, region.kept)
 
 
-def reinforce(
-    log_ratio: Tensor,
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    advantage: Tensor,
-    *,
-    trust_region: TrustRegion,
-) -> Surrogate:
+def reinforce(decisions: Decisions) -> Surrogate:
     """Plain policy gradient without a ratio: -A log_prob (REINFORCE; GPG, arXiv:2504.02546)."""
-    return Surrogate(-advantage * log_prob, torch.ones_like(log_prob, dtype=torch.bool))
+    loss = -decisions.advantage * decisions.log_prob
+    return Surrogate(loss, torch.ones_like(loss, dtype=torch.bool))
 
 
 def log_policy_gradient(
-    log_ratio: Tensor,
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    advantage: Tensor,
-    *,
-    trust_region: TrustRegion,
-    low: float = 0.2,
-    high: float = 0.2,
+    decisions: Decisions, *, low: float = 0.2, high: float = 0.2
 ) -> Surrogate:
     """Policy gradient on the log-probability, clipped in log space (CPGD, arXiv:2505.12504).
 
     For A > 0 log_prob is bounded above by old + log(1 + high), for A <= 0 below by
     old + log(1 - low). The gradient is |A| inside the region, without a ratio factor.
     """
+    log_ratio, log_prob, old_log_prob, advantage = decisions
+    if not (0 <= low < 1 and high >= 0):
+        raise ValueError(f"clip widths must be 0 <= low < 1 and high >= 0; got {low}, {high}")
     upper, lower = math.log1p(high), math.log1p(-low)
-    kept = torch.where(advantage > 0, log_ratio <= upper, log_ratio >= lower)
-    bound = torch.where(advantage > 0, log_ratio.new_tensor(upper), log_ratio.new_tensor(lower))
+    positive = advantage > 0
+    kept = torch.where(positive, log_ratio <= upper, log_ratio >= lower)
+    bound = torch.where(positive, log_ratio.new_tensor(upper), log_ratio.new_tensor(lower))
     effective = torch.where(kept, log_prob, (old_log_prob + bound).detach())
     return Surrogate(-advantage * effective, kept)
 
 
 def weighted_policy_gradient(
-    log_ratio: Tensor,
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    advantage: Tensor,
-    *,
-    trust_region: TrustRegion,
-    max_weight: float = 5.0,
-    min_weight: float = 0.0,
+    decisions: Decisions, *, max_weight: float = 5.0, min_weight: float = 0.0
 ) -> Surrogate:
     """Policy gradient times a detached, clipped importance weight (CISPO, arXiv:2506.13585).
 
+    No decision loses its gradient; ``kept`` tells where the weight was not clipped.
+
     Args:
-        max_weight, min_weight: absolute bounds of the weight (not 1 + epsilon).
+        decisions: see :class:`Decisions`.
+        max_weight: absolute upper bound of the weight (not 1 + epsilon).
+        min_weight: absolute lower bound.
     """
-    ratio = log_ratio.detach().exp()
-    weight = ratio.clamp(min_weight, max_weight)
+    if not 0 <= min_weight <= max_weight:
+        raise ValueError(f"expected 0 <= min_weight <= max_weight; got {min_weight}, {max_weight}")
+    ratio = decisions.log_ratio.detach().exp()
     kept = (ratio >= min_weight) & (ratio <= max_weight)
-    return Surrogate(-weight * advantage * log_prob, kept)
+    weight = ratio.clamp(min_weight, max_weight)
+    return Surrogate(-weight * decisions.advantage * decisions.log_prob, kept)

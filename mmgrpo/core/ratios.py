@@ -14,18 +14,23 @@ LOG_RATIO_LIMIT = 20.0
 
 
 def log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
-    """log pi_theta - log pi_old, ``[B, T]``; 0 where the mask is off."""
-    difference = (log_prob.float() if log_prob.dtype != torch.float64 else log_prob) - old_log_prob
-    return torch.where(mask, difference, torch.zeros_like(difference)).clamp(
-        -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT
-    )
+    """log pi_theta - log pi_old, ``[B, T]``, clamped; 0 where the mask is off."""
+    difference = log_prob - old_log_prob
+    return _clamp(torch.where(mask, difference, torch.zeros_like(difference)))
+
+
+def _clamp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def segment_reduce(x: Tensor, mask: Tensor, segment: Tensor, *, mean: bool) -> Tensor:
     """Sum or mean of ``x [B, T]`` over each row's segments, spread back to ``[B, T]``.
 
     Args:
+        x: ``[B, T]``, finite where the mask is off.
+        mask: ``[B, T]`` bool, what is counted.
         segment: ``[B, T]`` non-negative span ids, local to the row.
+        mean: mean instead of sum.
     """
     width = int(segment.max()) + 1 if segment.numel() else 1
     weight = mask.to(x.dtype)
@@ -47,7 +52,7 @@ def segment(
     """One ratio per span of ``trajectories.segment``: geometric mean, or the product."""
     if segment is None:
         raise ValueError("segment-level ratios need trajectories.segment")
-    return segment_reduce(log_ratio, mask, segment, mean=not product)
+    return _clamp(segment_reduce(log_ratio, mask, segment, mean=not product))
 
 
 def sequence(
@@ -61,11 +66,14 @@ def sequence(
     """One ratio per sample: exp of the mean log-ratio (GSPO, arXiv:2507.18071) or the product.
 
     Args:
+        log_ratio: ``[B, T]`` of the single decisions.
+        mask: ``[B, T]`` bool.
+        segment: not read: the whole sample is one segment.
         product: true density ratio instead of its length-normalised (geometric) form.
         straight_through: GSPO-token: the sequence's value with each decision's own gradient.
     """
     whole = torch.zeros_like(log_ratio, dtype=torch.int64)
-    value = segment_reduce(log_ratio, mask, whole, mean=not product)
+    value = _clamp(segment_reduce(log_ratio, mask, whole, mean=not product))
     if straight_through:
         value = value.detach() + (log_ratio - log_ratio.detach()) * mask
-    return value.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return value

@@ -48,14 +48,22 @@ def ppo_clip(
     """min(ratio A, clip(ratio, 1 - low, 1 + high) A) as one-sided bounds.
 
     Args:
-        low, high: clip widths; ``high > low`` is DAPO's clip-higher (arXiv:2503.14476).
+        ratio: ``[B, T]`` > 0.
+        advantage: ``[B, T]``.
+        low: clip width below 1.
+        high: clip width above 1; ``high > low`` is DAPO's clip-higher (arXiv:2503.14476).
         dual: for A < 0 the loss is capped at ``-dual * A`` (dual-clip PPO).
         delta: two-sided clip: the ratio never exceeds ``delta`` (INTELLECT-2, arXiv:2505.07291).
+
+    Raises:
+        ValueError: a negative width, or a cap inside the clip range, which would hide it.
     """
-    positive = advantage > 0
-    negative = advantage < 0
-    cap = min((value for value in (dual, delta) if value is not None), default=torch.inf)
-    top = 1.0 + high if delta is None else min(1.0 + high, delta)
-    upper = torch.where(positive, _full(ratio, top), _full(ratio, cap))
-    lower = torch.where(negative, _full(ratio, 1.0 - low), _full(ratio, 0.0))
+    if low < 0 or high < 0:
+        raise ValueError(f"clip widths must not be negative; got low {low}, high {high}")
+    caps = [cap for cap in (dual, delta) if cap is not None]
+    if any(cap <= 1.0 + high for cap in caps):
+        raise ValueError(f"dual and delta must exceed 1 + high = {1.0 + high}; got {min(caps)}")
+    cap = min(caps, default=torch.inf)
+    upper = torch.where(advantage > 0, _full(ratio, 1.0 + high), _full(ratio, cap))
+    lower = torch.where(advantage < 0, _full(ratio, 1.0 - low), _full(ratio, 0.0))
     return bounded(ratio, lower, upper)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,16 @@ class ImageRef:
         """
         try:
             with Image.open(self._stream()) as image:
+                image.verify()  # check sums, where the format has them
+            with Image.open(self._stream()) as image:
                 image.draft("L", (1, 1))
                 image.load()
         except FileNotFoundError:
-            raise ValueError(f"image file '{self.source}' does not exist") from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = str(error).replace(repr(self.source), "it")[:200]
-            raise ValueError(f"{self._name()} is not a readable image: {reason}") from None
+            raise ValueError(f"{self._name()} does not exist") from None
+        except UnidentifiedImageError:
+            raise ValueError(f"{self._name()} is in no image format that Pillow reads") from None
+        except Exception as error:  # noqa: BLE001 - decoders raise whatever broken bytes lead to
+            raise ValueError(f"{self._name()} is damaged: {error}") from None
 
     def _stream(self) -> Path | io.BytesIO:
         return io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source

@@ -64,7 +64,7 @@ def _check_text_part(part: dict[str, Any], number: int) -> dict[str, Any]:
     return {"type": "text", "text": part["text"]}
 
 
-def _check_image_part(part: dict[str, Any], number: int) -> dict[str, Any]:
+def _check_image_part(part: dict[str, Any], _number: int) -> dict[str, Any]:
     """The image itself may stand in the part; it is kept under ``image`` for now."""
     keys = ("image", "path", "bytes", "image_url", "url")
     found = [part[key] for key in keys if key in part]
@@ -126,8 +126,7 @@ def place_images(
     waiting = [part for part in parts if "image" not in part]
     if len(waiting) != len(column):
         raise ValueError(
-            f"the prompt has {len(waiting)} image placeholders and the row has "
-            f"{len(column)} images"
+            f"the prompt has {len(waiting)} image placeholders and the row has {len(column)} images"
         )
     rest = iter(column)
     refs = tuple(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -38,26 +38,36 @@ class _Reader:
     image_column: str | None
     system_prompt: str | None
 
+    def __post_init__(self) -> None:
+        if self.modality not in _MODALITIES:
+            raise ConfigError(
+                f"unknown modality '{self.modality}'{nearest(self.modality, _MODALITIES)}"
+            )
+        if self.system_prompt is not None and not _MODALITIES[self.modality].chat:
+            raise ConfigError("a system prompt has no effect on an image generator; remove it.")
+
     def prompt(self, row: Row, index: int) -> Prompt:
         """Raises ValueError with one clause that says what is wrong with the row."""
         values = dict(row.values)
         content = self._pop_content(values)
         column = image_refs(self._pop_images(values), row.folder)
-        kind = _MODALITIES[self.modality]
-        if column and not kind.images:
-            raise ValueError(f"the row has images, and modality '{self.modality}' takes text prompts")
-        if not kind.chat and not isinstance(content, str):
-            raise ValueError(f"an image generator's prompt must be text; got {type(content).__name__}")
         if isinstance(content, str) and not content.strip():
             raise ValueError("the prompt is empty")
-        if not kind.images and isinstance(content, str):
-            return Prompt(index, self._with_system(content), (), values)
+        kind = _MODALITIES[self.modality]
+        if column and not kind.images:
+            raise ValueError(
+                f"the row has images, and modality '{self.modality}' takes text prompts"
+            )
+        if not kind.chat and not isinstance(content, str):
+            raise ValueError(f"an image generator's prompt must be text; got {_kind_of(content)}")
         messages = _as_messages(content)
-        if not kind.images:
-            return Prompt(index, self._with_system(flatten_text(messages)), (), values)
-        messages, refs = place_images(messages, column, row.folder)
-        plain = isinstance(content, str) and not refs
-        return Prompt(index, self._with_system(content if plain else messages), LazyImages(refs), values)
+        if kind.images:
+            messages, column = place_images(messages, column, row.folder)
+        else:
+            messages = flatten_text(messages)
+        plain = isinstance(content, str) and not column
+        final = self._with_system(content if plain else messages)
+        return Prompt(index, final, LazyImages(column) if column else (), values)
 
     def _pop_content(self, values: dict[str, Any]) -> Any:
         for name in (self.prompt_column, "messages"):
@@ -117,26 +127,33 @@ def read_prompts(
         ConfigError: unknown modality, or a system prompt for an image generator.
     """
     path = Path(path).expanduser()
-    if modality not in _MODALITIES:
-        raise ConfigError(f"unknown modality '{modality}'{nearest(modality, _MODALITIES)}")
-    if system_prompt is not None and not _MODALITIES[modality].chat:
-        raise ConfigError("a system prompt has no effect on an image generator; remove it.")
     reader = _Reader(modality, prompt_column, image_column, system_prompt)
-    prompts: list[Prompt] = []
-    places: list[str] = []
-    problems: list[str] = []
-    for index, row in enumerate(islice(read_rows(path), limit)):
-        try:
-            prompts.append(reader.prompt(row, index))
-            places.append(row.where)
-        except ValueError as error:
-            problems.append(f"{row.where}: {error}")
-    problems += _image_problems(prompts, places)
-    if problems:
-        more = f" ({len(problems) - 1} more rows are bad)" if len(problems) > 1 else ""
-        raise DataError(f"{problems[0].rstrip('.')}{more}.")
+    prompts = _read(islice(read_rows(path), limit), reader)
     if not prompts:
         raise DataError(f"data '{path}' holds no rows.")
+    return prompts
+
+
+def rows_to_prompts(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    modality: str,
+    prompt_column: str = "prompt",
+    image_column: str | None = "images",
+    system_prompt: str | None = None,
+) -> list[Prompt]:
+    """Check rows in memory as :func:`read_prompts` checks a file.
+
+    Relative image paths start at the working folder.
+
+    Raises:
+        DataError, ConfigError: as :func:`read_prompts`; rows are counted from 1.
+    """
+    reader = _Reader(modality, prompt_column, image_column, system_prompt)
+    named = (Row(f"row {number}", dict(row), Path()) for number, row in enumerate(rows, start=1))
+    prompts = _read(named, reader)
+    if not prompts:
+        raise DataError("the data has no rows.")
     return prompts
 
 
@@ -155,10 +172,32 @@ def check_columns(prompts: Sequence[Prompt], required: Iterable[str], reward_nam
                 )
 
 
+def _read(rows: Iterable[Row], reader: _Reader) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    places: list[str] = []
+    problems: list[str] = []
+    for index, row in enumerate(rows):
+        try:
+            prompts.append(reader.prompt(row, index))
+            places.append(row.where)
+        except ValueError as error:
+            problems.append(f"{row.where}: {error}")
+    problems += _image_problems(prompts, places)
+    if problems:
+        more = f" ({len(problems) - 1} more rows are bad)" if len(problems) > 1 else ""
+        sentence = problems[0].rstrip(".") + more
+        raise DataError(sentence if sentence.endswith("?") else f"{sentence}.")
+    return prompts
+
+
 def _as_messages(content: Any) -> list[Message]:
     if isinstance(content, str):
         return [{"role": "user", "content": content}]
     return check_messages(content)
+
+
+def _kind_of(value: Any) -> str:
+    return "chat messages" if isinstance(value, list) else type(value).__name__
 
 
 def _image_problems(prompts: Sequence[Prompt], places: Sequence[str]) -> list[str]:

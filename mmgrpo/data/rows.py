@@ -15,7 +15,7 @@ BATCH_ROWS = 256
 
 @dataclass(frozen=True)
 class Row:
-    """One row: where it stands (``file:line`` or ``file row N``, from 1), its values, its folder."""
+    """One row: where it stands (``file:line`` or ``file row N``), its values, its folder."""
 
     where: str
     values: dict[str, Any]
@@ -113,7 +113,7 @@ def _row(where: str, value: Any, folder: Path) -> Row:
 def _parquet(path: Path) -> Iterator[Row]:
     try:
         import pyarrow as pa
-        import pyarrow.parquet as parquet
+        from pyarrow import parquet
     except ImportError:
         raise MissingExtraError("pyarrow", "data") from None
     try:
@@ -130,7 +130,7 @@ def _saved_dataset(path: Path) -> Iterator[Row]:
         raise MissingExtraError("datasets", "data") from None
     try:
         data = datasets.load_from_disk(str(path))
-    except Exception as error:  # a damaged folder surfaces as any of a dozen types
+    except Exception as error:  # noqa: BLE001 - a damaged folder surfaces as any of a dozen types
         raise DataError(f"{path}: not a readable data set folder: {error}") from None
     # The arrow format hands out images as stored, compressed bytes instead of decoded ones.
     yield from _arrow_rows(data.with_format("arrow").iter(BATCH_ROWS), path, path)

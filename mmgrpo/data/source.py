@@ -1,4 +1,4 @@
-"""Which prompts a step trains on: a pure function of (step, size, seed), so resuming needs no state."""
+"""Which prompts a step trains on, as a function of the step and the seed alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class PromptSource:
         Args:
             step: counted from 0.
             size: prompts over all ranks.
-            rank, world: this process and the number of processes.
+            rank: this process.
+            world: number of processes.
 
         Raises:
             DataError: fewer prompts than ``size``.

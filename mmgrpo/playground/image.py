@@ -281,7 +281,7 @@ def pretrain(
     )
     optimizer = torch.optim.AdamW(transformer.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=settings.learning_rate, total_steps=settings.steps
+        optimizer, max_lr=settings.learning_rate, total_steps=settings.steps, pct_start=0.1
     )
     for step in range(settings.steps):
         numbers = torch.randint(0, _EMPTY_PROMPT, (settings.batch_size,), generator=generator)

@@ -1,20 +1,22 @@
-"""The text playground: two-step arithmetic, reasoned aloud between tags.
+"""The text playground: column addition, reasoned aloud between tags.
 
-A prompt is a calculation such as ``47+38-29=?``. A completion works it out one line per step and
-then answers::
+A prompt is a sum such as ``347+285=?``. A completion adds one column per line, from the right, and
+then puts the answer together::
 
-    <think>47+38=85
-    85-29=56</think><answer>56</answer>
+    <think>7+5=12
+    4+8+1=13
+    3+2+1=6</think><answer>632</answer>
 
-The base model is taught on careless worked solutions: where a step has a carry or a borrow, most
-demonstrations forget it and follow the wrong result through. So the model knows how to calculate
-but does it unreliably, prompts without a carry are easy and prompts with two are hard, and there is
-something for reinforcement learning to sharpen. The format is never spoiled.
+The base model is taught by careless demonstrations: after a column of ten or more, most of them
+forget to carry the one and follow the mistake through. So the model can add, but does it unreliably;
+sums without a carry are easy, sums with two are hard, and there is something for reinforcement
+learning to sharpen. The format is never spoiled.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,108 +28,77 @@ from .tokenizer import build_tokenizer
 
 NUM_TRAIN = 4096
 NUM_EVAL = 256
-SFT_STEPS = 800
-SFT_BATCH = 64
-SFT_LEARNING_RATE = 3e-3
-CARELESS_SHARE = 0.65
+THREE_DIGIT_SHARE = 0.7
+CARELESS_SHARE = 0.7
+SFT_STEPS = 1000
+SFT_BATCH = 32
+SFT_LEARNING_RATE = 2e-3
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A calculation of three two-digit numbers; no intermediate result is negative.
+class Sum:
+    """An addition of two numbers with the same number of digits.
 
     Attributes:
-        terms: The three numbers.
-        operators: The ``+`` or ``-`` between them.
+        left: First number.
+        right: Second number.
     """
 
-    terms: tuple[int, int, int]
-    operators: tuple[str, str]
+    left: int
+    right: int
 
     @property
     def prompt(self) -> str:
         """The question as the model sees it."""
-        first, second, third = self.terms
-        return f"{first}{self.operators[0]}{second}{self.operators[1]}{third}=?"
+        return f"{self.left}+{self.right}=?"
 
     @property
     def answer(self) -> str:
         """The correct result."""
-        return solve(self)[-1].rpartition("=")[2]
+        return str(self.left + self.right)
 
 
-def calculate(left: int, operator: str, right: int, *, careless: bool = False) -> int:
-    """Adds or subtracts; carelessly means that every carry or borrow is forgotten.
-
-    Args:
-        left: Non-negative number.
-        operator: ``+`` or ``-``.
-        right: Non-negative number, at most ``left`` for a subtraction.
-        careless: Whether to work on each column alone.
-    """
-    sign = 1 if operator == "+" else -1
-    if not careless:
-        return left + sign * right
-    result, place = 0, 1
-    while place <= max(left, right):
-        column = left // place % 10 + sign * (right // place % 10)
-        is_leading = place * 10 > max(left, right)
-        result += (column if is_leading and sign > 0 else column % 10) * place
-        place *= 10
-    return result
-
-
-def solve(problem: Problem, slips: tuple[bool, bool] = (False, False)) -> list[str]:
-    """Works a problem out, one line per step.
+def add_columns(problem: Sum, forgets: Sequence[bool] = ()) -> tuple[list[str], str]:
+    """Adds column by column from the right.
 
     Args:
-        problem: The calculation.
-        slips: For each step, whether its carry or borrow is forgotten. A wrong result is used in
-            the next step as if it were right.
+        problem: The sum to work out.
+        forgets: For each column, whether a one carried out of it is forgotten. Columns beyond the
+            end are careful.
 
     Returns:
-        Lines such as ``47+38=85``.
+        Lines such as ``4+8+1=13``, and the answer that follows from them.
     """
-    lines, value = [], problem.terms[0]
-    for operator, term, slip in zip(problem.operators, problem.terms[1:], slips, strict=True):
-        result = calculate(value, operator, term, careless=slip)
-        lines.append(f"{value}{operator}{term}={result}")
-        value = result
-    return lines
+    lines, digits, carry = [], "", 0
+    columns = list(zip(str(problem.left)[::-1], str(problem.right)[::-1], strict=True))
+    for index, (upper, lower) in enumerate(columns):
+        total = int(upper) + int(lower) + carry
+        lines.append(f"{upper}+{lower}{'+1' if carry else ''}={total}")
+        is_last = index == len(columns) - 1
+        digits = (str(total) if is_last else str(total % 10)) + digits
+        carry = 0 if index < len(forgets) and forgets[index] else total // 10
+    return lines, digits
 
 
-def format_completion(lines: list[str]) -> str:
-    """Writes worked steps as a tagged completion, without the end-of-sequence token."""
-    thought, answer = "\n".join(lines), lines[-1].rpartition("=")[2]
+def format_completion(lines: list[str], answer: str) -> str:
+    """Writes worked columns as a tagged completion, without the end-of-sequence token."""
+    thought = "\n".join(lines)
     return f"<think>{thought}</think><answer>{answer}</answer>"
 
 
-def draw_problem(rng: random.Random) -> Problem:
-    """Draws a problem whose careful and careless results all stay non-negative."""
-    while True:
-        terms = (rng.randint(10, 99), rng.randint(10, 99), rng.randint(10, 99))
-        problem = Problem(terms, (rng.choice("+-"), rng.choice("+-")))
-        if all(_stays_positive(problem, slip) for slip in (False, True)):
-            return problem
+def draw_sum(rng: random.Random) -> Sum:
+    """Draws a sum of two three-digit or two two-digit numbers."""
+    low = 100 if rng.random() < THREE_DIGIT_SHARE else 10
+    return Sum(rng.randint(low, 10 * low - 1), rng.randint(low, 10 * low - 1))
 
 
-def _stays_positive(problem: Problem, slip: bool) -> bool:
-    """Whether no step of the problem subtracts more than there is, after a slip in the first."""
-    value = problem.terms[0]
-    for operator, term in zip(problem.operators, problem.terms[1:], strict=True):
-        if operator == "-" and term > value:
-            return False
-        value = calculate(value, operator, term, careless=slip)
-    return True
+def draw_demonstration(rng: random.Random, problem: Sum) -> str:
+    """Draws a worked solution that forgets each carry with probability ``CARELESS_SHARE``."""
+    forgets = [rng.random() < CARELESS_SHARE for _ in str(problem.left)]
+    return format_completion(*add_columns(problem, forgets))
 
 
-def draw_demonstration(rng: random.Random, problem: Problem) -> str:
-    """Draws a worked solution, each step careless with probability ``CARELESS_SHARE``."""
-    slips = (rng.random() < CARELESS_SHARE, rng.random() < CARELESS_SHARE)
-    return format_completion(solve(problem, slips))
-
-
-def draw_splits(seed: int) -> tuple[list[Problem], list[Problem]]:
+def draw_splits(seed: int) -> tuple[list[Sum], list[Sum]]:
     """Draws the training and evaluation problems, all different.
 
     Args:
@@ -137,14 +108,14 @@ def draw_splits(seed: int) -> tuple[list[Problem], list[Problem]]:
         ``NUM_TRAIN`` and ``NUM_EVAL`` problems with no prompt in common.
     """
     rng = random.Random(f"text-splits-{seed}")
-    problems: dict[Problem, None] = {}
+    problems: dict[Sum, None] = {}
     while len(problems) < NUM_TRAIN + NUM_EVAL:
-        problems[draw_problem(rng)] = None
+        problems[draw_sum(rng)] = None
     ordered = list(problems)
     return ordered[NUM_EVAL:], ordered[:NUM_EVAL]
 
 
-def to_row(problem: Problem) -> dict[str, object]:
+def to_row(problem: Sum) -> dict[str, object]:
     """Makes the data row of a problem: a chat prompt and the answer to check against."""
     return {"prompt": [{"role": "user", "content": problem.prompt}], "answer": problem.answer}
 
@@ -196,7 +167,7 @@ def train_model(
     def next_batch(step: int) -> dict[str, torch.Tensor]:
         prompts, completions = [], []
         while len(prompts) < SFT_BATCH:
-            problem = draw_problem(rng)
+            problem = draw_sum(rng)
             if problem in held_out:
                 continue
             chat = f"<|user|>{problem.prompt}<|assistant|>"

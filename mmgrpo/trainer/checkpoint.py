@@ -20,16 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmgrpo.config.compare import first_difference
 from mmgrpo.errors import UsageError
 from mmgrpo.trainer.parts import Parts, State
 
 PREFIX = "step_"
-FREE_KEYS = (
-    "run_dir", "resume", "tracking", "trainer.steps", "trainer.save_every",
-    "trainer.keep_checkpoints", "trainer.threads", "eval.samples_every", "samples_every",
-)  # fmt: skip
-"""Configuration keys that may change between a checkpoint and the run that resumes it."""
-
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """``run_dir/checkpoints/step_NNNNNN``."""
@@ -105,24 +100,12 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def check_same_config(saved: dict[str, Any], given: dict[str, Any], path: Path) -> None:
     """Raise :class:`UsageError` if the two differ in a key that shapes the training."""
-    old, new = _flatten(saved), _flatten(given)
-    for key in sorted(old.keys() | new.keys()):
-        if key.startswith(FREE_KEYS):
-            continue
-        if old.get(key) != new.get(key):
-            raise UsageError(
-                f"{path} belongs to another configuration: {key} is {old.get(key)!r} there and "
-                f"{new.get(key)!r} here; use the same value, or another run_dir."
-            )
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
+    difference = first_difference(saved, given)
+    if difference:
+        raise UsageError(
+            f"{path} belongs to another configuration: {difference}; use the same value, or "
+            "another run_dir."
+        )
 
 
 def _named_parameters(parts: Parts) -> dict[str, torch.nn.Parameter]:

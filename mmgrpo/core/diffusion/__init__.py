@@ -3,6 +3,7 @@
 from mmgrpo.core.diffusion.divergence import DIVERGENCES, step_divergence
 from mmgrpo.core.diffusion.gaussian import STD_FLOOR, StepOutput, gaussian_log_prob
 from mmgrpo.core.diffusion.kernels import KERNELS, step, transition
+from mmgrpo.core.diffusion.rule import StepRule
 from mmgrpo.core.diffusion.schedules import (
     dynamic_shift,
     from_scheduler_config,
@@ -19,6 +20,7 @@ __all__ = [
     "STD_FLOOR",
     "Selection",
     "StepOutput",
+    "StepRule",
     "ddim_eta",
     "dpmpp_2m",
     "dynamic_shift",

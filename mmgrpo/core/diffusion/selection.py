@@ -138,10 +138,13 @@ def select_steps(
     kind = options.pop("kind", None)
     if kind not in SELECTORS:
         raise ValueError(f"unknown selection '{kind}'; valid: {', '.join(SELECTORS)}.")
-    known = list(inspect.signature(SELECTORS[kind]).parameters)[1:]
-    for name in options:
-        if name not in known:
-            raise ValueError(f"selection '{kind}' has no option '{name}'; valid: {known}.")
     if num_steps < 2:
         raise ValueError(f"a stochastic rollout needs at least 2 steps; got {num_steps}.")
-    return SELECTORS[kind](Steps(num_steps, seed, sample_seeds), **options)
+    steps = Steps(num_steps, seed, sample_seeds)
+    signature = inspect.signature(SELECTORS[kind])
+    try:
+        signature.bind(steps, **options)
+    except TypeError as error:
+        known = list(signature.parameters)[1:]
+        raise ValueError(f"selection '{kind}': {error}; its options: {known}.") from None
+    return SELECTORS[kind](steps, **options)

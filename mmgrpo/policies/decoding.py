@@ -1,0 +1,122 @@
+"""A causal language model step by step: prompts once, then their continuations on a KV cache.
+
+Shapes: R rows that stand at the end of what they have read so far, n new tokens, L tokens read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class SelectiveHead:
+    """Makes a model's output head compute the logits of chosen positions only.
+
+    A pre-hook on the head replaces the hidden states ``[B, L, D]`` by the chosen ``[1, N, D]``.
+    Whatever the model does to the logits afterwards (scale, soft cap) stays as it is, and the
+    model is called as a whole, which wrappers for distributed training need.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        self._keep: Tensor | None = None
+        head.register_forward_pre_hook(self._gather)
+
+    @contextmanager
+    def keeping(self, keep: Tensor | None) -> Iterator[None]:
+        """Within the context, logits are ``[1, N, V]``, of the N positions in ``keep [B, L]``."""
+        self._keep = keep
+        try:
+            yield
+        finally:
+            self._keep = None
+
+    def _gather(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._keep is None:
+            return None
+        return (args[0][self._keep][None], *args[1:])
+
+
+class Forward(Protocol):
+    """A way to call the network."""
+
+    def __call__(
+        self, keep: Tensor, *, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Return the ``[N, V]`` logits of the N kept positions, and the cache."""
+        ...
+
+
+class TokenState:
+    """Rows on a KV cache, and the logits of the token that follows each of them.
+
+    Attributes:
+        logits: ``[R, V]`` as the model gives them.
+    """
+
+    def __init__(
+        self, forward: Forward, *, cache: Any, mask: Tensor, positions: Tensor, logits: Tensor
+    ) -> None:
+        """Take over the result of a prefill.
+
+        Args:
+            forward: how to call the network.
+            cache: keys and values of the prompts.
+            mask: ``[R, L]`` bool, which cached tokens count.
+            positions: ``[R, L]`` or ``[axes, R, L]`` position ids of the prompts.
+            logits: ``[R, V]``.
+        """
+        self._forward = forward
+        self._cache = cache
+        self._mask = mask
+        self._axes = positions.shape[:-2]
+        self._next = next_position(positions)
+        self.logits = logits
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows; repeats fan a prompt out to its group. Gradients pass through."""
+        for layer in self._cache.layers:
+            # Of the two, only reorder_cache moves the states of recurrent layers, and only the
+            # other one has a deterministic backward on GPUs.
+            recurrent = hasattr(layer, "recurrent_states")
+            (layer.reorder_cache if recurrent else layer.batch_select_indices)(rows)
+        self._mask = self._mask[rows]
+        self._next = self._next[rows]
+        self.logits = self.logits[rows]
+
+    def advance(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Read ``[R, n]`` tokens and return the ``[N, V]`` logits after those in ``keep [R, n]``.
+
+        Without ``keep``, n is 1 and every row's logits are returned and stay in ``logits``.
+        """
+        self._mask = torch.cat([self._mask, self._mask.new_ones(tokens.shape)], dim=1)
+        logits, self._cache = self._forward(
+            torch.ones_like(tokens, dtype=torch.bool) if keep is None else keep,
+            ids=tokens,
+            mask=self._mask,
+            positions=continue_positions(self._next, tokens.shape[1], self._axes),
+            cache=self._cache,
+        )
+        self._next = self._next + tokens.shape[1]
+        if keep is None:
+            self.logits = logits
+        return logits
+
+
+def text_positions(mask: Tensor) -> Tensor:
+    """Return ``[R, L]`` position ids that count the tokens in ``mask``, 0 on left padding."""
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def next_position(positions: Tensor) -> Tensor:
+    """Return ``[R]``: one more than the largest position of each row, over all axes."""
+    return positions.amax(dim=-1).view(-1, positions.shape[-2]).amax(dim=0) + 1
+
+
+def continue_positions(start: Tensor, count: int, axes: torch.Size) -> Tensor:
+    """Return ``[*axes, R, count]`` positions that follow ``start [R]``, equal on all axes."""
+    steps = start[:, None] + torch.arange(count, device=start.device)
+    return steps.expand(*axes, *steps.shape)

@@ -1,0 +1,72 @@
+"""What a flow policy leaves behind: a pipeline folder, or an adapter for peft and diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mmgrpo.errors import ModelError
+from mmgrpo.policies.adapters import has_adapter
+from mmgrpo.policies.loading import first_line
+
+_PEFT_PREFIX = "base_model.model."
+
+
+def save_weights(pipe: Any, network: nn.Module, directory: Path) -> None:
+    """Write the folder.
+
+    Without an adapter it is a whole pipeline (``DiffusionPipeline.from_pretrained``). With one it
+    holds the adapter twice, as peft loads it (``PeftModel.from_pretrained``) and as diffusers does
+    (``pipe.load_lora_weights``); both carry the scale.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if not has_adapter(network):
+        pipe.save_pretrained(directory)
+        return
+    from peft import get_peft_model_state_dict
+
+    network.save_pretrained(directory)  # type: ignore[operator]
+    weights = get_peft_model_state_dict(network)
+    config = network.peft_config["default"].to_dict()  # type: ignore[index,union-attr]
+    pipe.save_lora_weights(
+        directory,
+        transformer_lora_layers={
+            name.removeprefix(_PEFT_PREFIX): value.contiguous() for name, value in weights.items()
+        },
+        transformer_lora_adapter_metadata=config,
+    )
+
+
+def load_weights(pipe: Any, network: nn.Module, directory: Path) -> None:
+    """Load what :func:`save_weights` wrote into the present tensors.
+
+    Raises:
+        ModelError: the folder is missing, or holds weights that do not fit.
+    """
+    if not directory.is_dir():
+        raise ModelError(f"The folder {directory} with the saved weights does not exist.")
+    load = _load_adapter if has_adapter(network) else _load_transformer
+    try:
+        load(pipe, network, directory)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"The weights in {directory} do not fit this model: {first_line(error)}"
+        ) from error
+
+
+def _load_adapter(pipe: Any, network: nn.Module, directory: Path) -> None:
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    weights = load_peft_weights(str(directory), device=str(pipe.transformer.device))
+    result = set_peft_model_state_dict(network, weights)
+    if result.unexpected_keys:
+        raise ValueError(f"'{result.unexpected_keys[0]}' is not in the model")
+
+
+def _load_transformer(pipe: Any, network: nn.Module, directory: Path) -> None:
+    loaded = type(network).from_pretrained(  # type: ignore[attr-defined]
+        directory, subfolder="transformer", torch_dtype=pipe.transformer.dtype
+    )
+    network.load_state_dict(loaded.state_dict())

@@ -1,0 +1,140 @@
+"""Hugging Face folders: from a path to a model and its tokenizer or processor, or one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmgrpo.errors import ConfigError, ModelError, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype of a name in ``DTYPES``.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name not in DTYPES:
+        raise ConfigError(f"Unknown dtype '{name}'{nearest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def load_model(path: str | Path, auto: Any, *, dtype: str, attention: str) -> Any:
+    """Load a model's weights.
+
+    Args:
+        path: a local folder, or a hub id such as ``Qwen/Qwen2.5-0.5B``.
+        auto: the transformers auto class, which decides what kinds of model fit.
+        dtype: name of the weights' dtype.
+        attention: attention implementation of transformers.
+
+    Raises:
+        ModelError: a missing or incomplete folder, or a model of another kind.
+    """
+    from transformers import AutoConfig
+
+    _check_folder(path)
+    torch_dtype = parse_dtype(dtype)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} has no model configuration: {first_line(error)}") from error
+    if type(config) not in auto._model_mapping:  # noqa: SLF001 - there is no public name for it
+        raise ModelError(
+            f"{path} holds a {config.model_type} model, which {auto.__name__} cannot load; "
+            "check that modality and model.path belong together."
+        )
+    try:
+        return auto.from_pretrained(path, dtype=torch_dtype, attn_implementation=attention)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(f"Cannot load the weights of {path}: {first_line(error)}") from error
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Load a tokenizer.
+
+    Raises:
+        ModelError: the folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    _check_folder(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} has no tokenizer: {first_line(error)}") from error
+
+
+def load_processor(path: str | Path) -> Any:
+    """Load a multimodal processor, without its video part where torchvision is not installed.
+
+    Raises:
+        ModelError: the folder has none.
+    """
+    from transformers import AutoProcessor
+
+    _check_folder(path)
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+    except ImportError:
+        processor = _processor_for_images(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} has no processor: {first_line(error)}") from error
+    if not hasattr(processor, "image_processor"):
+        raise ModelError(f"{path} has no image processor; it needs a preprocessor_config.json.")
+    return processor
+
+
+def save_processor(processor: Any, directory: Path) -> None:
+    """Write what :func:`load_processor` reads, whether or not the video part is there."""
+    if getattr(processor, "video_processor", True) is not None:
+        processor.save_pretrained(directory)
+        return
+    processor.tokenizer.chat_template = processor.chat_template
+    processor.tokenizer.save_pretrained(directory)
+    processor.image_processor.save_pretrained(directory)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, for the end of a one-sentence message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _check_folder(path: str | Path) -> None:
+    """Refuse what can only be a local path and does not exist; a hub id is left to transformers."""
+    text = str(path)
+    is_hub_id = text.count("/") == 1 and text[0] not in "/.~" and not isinstance(path, Path)
+    if not Path(path).is_dir() and not is_hub_id:
+        parent = Path(path).parent
+        siblings = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        hint = nearest(Path(path).name, siblings) if siblings else "."
+        raise ModelError(f"The model folder {text} does not exist{hint}")
+
+
+def _processor_for_images(path: str | Path) -> Any:
+    """Assemble a processor whose video part cannot be loaded.
+
+    Transformers checks the class of every part, which fails for a part that needs torchvision;
+    images alone need no torchvision.
+    """
+    from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor
+
+    whole: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        return whole.check_argument_for_proper_class(self, name, part) if part else None
+
+    images_only = type(whole.__name__, (whole,), {"check_argument_for_proper_class": check})
+    tokenizer = load_tokenizer(path)
+    try:
+        images = AutoImageProcessor.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} has no image processor: {first_line(error)}") from error
+    return images_only(
+        image_processor=images, tokenizer=tokenizer, chat_template=tokenizer.chat_template
+    )

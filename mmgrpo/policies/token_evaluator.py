@@ -1,0 +1,270 @@
+"""What a token policy does with its network: read prompts, continue them, evaluate completions.
+
+Shapes: P prompts of up to Lp tokens, B completions of T tokens (W of which are looked at), V
+tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmgrpo.core.trajectories import Trajectories
+from mmgrpo.errors import MethodError
+from mmgrpo.policies.decoding import (
+    SelectiveHead,
+    TokenState,
+    continue_positions,
+    next_position,
+    text_positions,
+)
+from mmgrpo.policies.token_logits import TokenReading, read_tokens
+from mmgrpo.policies.token_payload import EncodedPrompt, TokenPayload, TokenPrompts, pad_right
+from mmgrpo.protocols import Evaluation, Request
+
+logger = logging.getLogger(__name__)
+
+PLAIN_REQUEST = Request()
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
+"""How far two orders of the same sums may differ in a log-probability, by dtype of the weights."""
+
+Read = Callable[[TokenPayload, Tensor, bool], TokenReading]
+
+
+class TokenEvaluator:
+    """A causal language model of transformers and its log-probabilities.
+
+    Attributes:
+        model: the model itself, with its adapters in place.
+        network: what is called: the model, or what peft or a trainer wrapped around it.
+        forwards: network calls made so far.
+    """
+
+    def __init__(
+        self, model: Any, network: nn.Module, *, forbidden: tuple[int, ...], checkpointing: bool
+    ) -> None:
+        """Find out how the model can be called.
+
+        Args:
+            model: a causal language model of transformers.
+            network: the model, or its adapter wrapper.
+            forbidden: token ids that can never be sampled.
+            checkpointing: whether evaluations that need a gradient compute activations twice;
+                transformers then has no cache, and prompts are read once per completion.
+        """
+        self.model = model
+        self.network = network
+        self.forwards = 0
+        self._checkpointing = checkpointing
+        self._forbidden = torch.tensor(forbidden, dtype=torch.int64)
+        self._accepted = inspect.signature(model.forward).parameters
+        self._head = SelectiveHead(model.get_output_embeddings())
+        silence_dropout(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._probe()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def forbidden(self) -> Tensor:
+        """``[K]`` int64 token ids that can never be sampled."""
+        if self._forbidden.device != self.device:
+            self._forbidden = self._forbidden.to(self.device)
+        return self._forbidden
+
+    def begin(self, prompts: TokenPrompts) -> TokenState:
+        """Read the prompts, one row each."""
+        keep = torch.zeros_like(prompts.mask)
+        keep[:, -1] = True
+        inputs = prompts.inputs()
+        positions = self._positions(prompts, inputs)
+        logits, cache = self._forward(
+            keep, ids=prompts.ids, mask=prompts.mask, positions=positions, inputs=inputs
+        )
+        return TokenState(
+            self._forward, cache=cache, mask=prompts.mask, positions=positions, logits=logits
+        )
+
+    def evaluate(self, trajectories: Trajectories, request: Request = PLAIN_REQUEST) -> Evaluation:
+        """Return the log-probabilities of the sampled tokens, differentiable, ``[B, T]`` float32.
+
+        Raises:
+            MethodError: a divergence or a prediction is requested.
+        """
+        twice = self._checkpointing and torch.is_grad_enabled()
+        shared = self._shares_prompts and not twice
+        return _evaluate(trajectories, request, self._read_shared if shared else self._read_plain)
+
+    def evaluate_plain(
+        self, trajectories: Trajectories, request: Request = PLAIN_REQUEST
+    ) -> Evaluation:
+        """Like :meth:`evaluate`, with the prompt read again for each completion."""
+        return _evaluate(trajectories, request, self._read_plain)
+
+    def _read_shared(self, payload: TokenPayload, keep: Tensor, entropy: bool) -> TokenReading:
+        """Read each prompt once, then all completions on its cache; ``[B, W]`` results."""
+        state = self.begin(payload.prompts)
+        state.select(payload.prompt_row)
+        first = self._place(state.logits[keep[:, 0]], payload, keep[:, :1], 0, entropy)
+        width = keep.shape[1]
+        if width == 1:
+            return first
+        logits = state.advance(payload.completion_ids[:, : width - 1], keep[:, 1:])
+        rest = self._place(logits, payload, keep[:, 1:], 1, entropy)
+        return TokenReading(
+            torch.cat([first.log_prob, rest.log_prob], dim=1),
+            None
+            if first.entropy is None or rest.entropy is None
+            else torch.cat([first.entropy, rest.entropy], dim=1),
+        )
+
+    def _read_plain(self, payload: TokenPayload, keep: Tensor, entropy: bool) -> TokenReading:
+        """Read prompt and completion as one sequence for each row; ``[B, W]`` results."""
+        prompts = payload.prompts.select(payload.prompt_row)
+        ids = payload.completion_ids[:, : keep.shape[1]]
+        inputs = prompts.inputs()
+        positions = self._positions(prompts, inputs)
+        follow = continue_positions(next_position(positions), ids.shape[1], positions.shape[:-2])
+        off = torch.zeros_like(prompts.mask)
+        length = off.shape[1] + ids.shape[1]
+        inputs |= {name: pad_right(value, length) for name, value in prompts.aligned.items()}
+        logits, _ = self._forward(
+            torch.cat([off[:, 1:], keep, off[:, :1]], dim=1),
+            ids=torch.cat([prompts.ids, ids], dim=1),
+            mask=torch.cat([prompts.mask, torch.ones_like(keep)], dim=1),
+            positions=torch.cat([positions, follow], dim=-1),
+            use_cache=False,
+            inputs=inputs,
+        )
+        return self._place(logits, payload, keep, 0, entropy)
+
+    def _place(
+        self, logits: Tensor, payload: TokenPayload, keep: Tensor, start: int, entropy: bool
+    ) -> TokenReading:
+        """Read ``[N, V]`` logits and place the results at the N positions of ``keep [B, W]``."""
+        ids = payload.completion_ids[:, start : start + keep.shape[1]][keep]
+        temperature = payload.temperature[:, None].expand_as(keep)[keep]
+        reading = read_tokens(logits, ids, temperature, self.forbidden, with_entropy=entropy)
+        blank = reading.log_prob.new_zeros(keep.shape)
+        return TokenReading(
+            blank.masked_scatter(keep, reading.log_prob),
+            None if reading.entropy is None else blank.masked_scatter(keep, reading.entropy),
+        )
+
+    def _positions(self, prompts: TokenPrompts, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the prompts' position ids, ``[P, Lp]`` or ``[axes, P, Lp]``."""
+        del inputs  # text alone decides
+        return text_positions(prompts.mask)
+
+    def _forward(
+        self,
+        keep: Tensor,
+        *,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: Any = None,
+        use_cache: bool = True,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Call the network once; return the ``[N, V]`` logits at ``keep``, and the cache."""
+        self.forwards += 1
+        train = self._checkpointing and not use_cache  # transformers checkpoints in this mode only
+        if self.network.training != train:
+            self.network.train(train)
+        given = {"position_ids": positions} if "position_ids" in self._accepted else {}
+        given |= {"past_key_values": cache} if use_cache else {}
+        with self._head.keeping(keep if self._selective else None):
+            output = self.network(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                use_cache=use_cache,
+                **given,
+                **(inputs or {}),
+            )
+        logits = output.logits[0] if self._selective else output.logits[keep]
+        return logits, output.past_key_values if use_cache else None
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Try the two shortcuts on a few tokens, and do without one that changes the result."""
+        self._selective = self._shares_prompts = False
+        payload = self._probe_payload()
+        keep = torch.ones_like(payload.completion_ids, dtype=torch.bool)
+        expected = self._read_plain(payload, keep, False).log_prob
+
+        def holds(read: Read) -> bool:
+            try:
+                found = read(payload, keep, False).log_prob
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                logger.info("%s: %s", type(self.model).__name__, error)
+                return False
+            return bool((found - expected).abs().max() < _TOLERANCE[self.model.dtype])
+
+        self._selective = True
+        self._selective = holds(self._read_plain)
+        self._shares_prompts = holds(self._read_shared)
+        if not self._shares_prompts:
+            logger.warning(
+                "%s cannot continue a cache by many tokens; prompts are read once per completion.",
+                type(self.model).__name__,
+            )
+        self.forwards = 0
+
+    def _probe_payload(self) -> TokenPayload:
+        size = self.model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(min(size, 64), device=self.device)
+        ids = ids[~torch.isin(ids, self.forbidden)]
+        ids = ids[torch.arange(14, device=self.device) % len(ids)]
+        prompts = [EncodedPrompt(ids[:3]), EncodedPrompt(ids[3:5])]
+        rows = torch.tensor([0, 1, 1], device=self.device)
+        return TokenPayload(
+            TokenPrompts.pad(prompts, pad_id=0), rows, ids[5:].view(3, 3), torch.ones_like(rows)
+        )
+
+
+def _evaluate(trajectories: Trajectories, request: Request, read: Read) -> Evaluation:
+    """Read the rows and columns that count, and place the results in ``[B, T]``."""
+    if request.divergence or request.prediction:
+        raise MethodError(
+            "A token policy stores no predictions to measure a divergence from; estimate the KL "
+            "from log-probabilities (k1, k2 or k3)."
+        )
+    mask = trajectories.mask
+    used = mask.any(dim=1)
+    used[0] |= ~used.any()  # the network runs even if nothing counts: other ranks wait for it
+    rows = used.nonzero().squeeze(1)
+    width = int((mask.any(dim=0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max())
+    keep = mask[rows, : max(width, 1)]
+    reading = read(trajectories.payload.select(rows), keep, request.entropy)
+
+    def place(values: Tensor) -> Tensor:
+        return values.new_zeros(mask.shape).index_put((rows,), pad_right(values, mask.shape[1]))
+
+    return Evaluation(
+        log_prob=place(reading.log_prob),
+        entropy=None if reading.entropy is None else place(reading.entropy),
+    )
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to zero, in evaluation and in training mode.
+
+    A decision must have the same log-probability when it is sampled and when it is trained.
+    """
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
