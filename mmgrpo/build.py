@@ -27,7 +27,7 @@ from mmgrpo.protocols import Policy, Prompt, RolloutEngine, Tracker
 from mmgrpo.registry import load_target, resolve
 from mmgrpo.trainer.run_folder import check_run_folder, open_run_folder
 from mmgrpo.scoring import NamedReward, RewardRunner, check_modality, load_rewards
-from mmgrpo.tracking import Console, JsonlTracker, before_after, write_samples
+from mmgrpo.tracking import Console, JsonlTracker, write_samples, write_summary
 from mmgrpo.trainer.distributed import EvaluationModule, make_collective
 from mmgrpo.trainer.evaluate import evaluate as run_evaluation
 from mmgrpo.trainer.loop import fit
@@ -56,7 +56,7 @@ def run(parts: Parts, config: Config) -> dict[str, Any]:
     if main:
         parts.trackers = make_trackers(config, parts.accelerator)
         parts.write_samples = partial(_write_samples, run_dir)
-        parts.finish = before_after
+        parts.finish = write_summary
     try:
         return fit(parts, config)
     finally:
@@ -78,7 +78,7 @@ def sample(config: Config, checkpoint: str | Path, out: str | Path) -> Path:
     """Sample held-out (or training) prompts from a checkpoint; write transcripts or images."""
     method = make_method(config)
     policy = load_policy(config, method, checkpoint)
-    engine = ENGINES[config.modality](policy, config, method, evaluation=True)
+    engine = ENGINES[config.modality](policy, config, method, "eval")
     prompts = load_prompts(config, config.data.eval or config.data.train)[: config.eval.prompts]
     rollout = engine.generate(prompts, group_size=config.eval.samples, seed=config.eval.seed)
     rewards = load_rewards(_specs(config.rewards))
@@ -124,11 +124,11 @@ def assemble(config: Config, **given: Any) -> Parts:
     evaluator = make_evaluator(
         config, policy, method, rewards, given.get("eval_prompts")
     )
-    engine = ENGINES[config.modality](policy, config, method, evaluation=False)
+    engine = ENGINES[config.modality](policy, config, method, "train")
     policy.check(prompts, room=engine.room)
     greedy = None
     if "baseline_reward" in method.needs:
-        greedy = ENGINES[config.modality](policy, config, method, evaluation=True)
+        greedy = ENGINES[config.modality](policy, config, method, "greedy")
     trainable = trainable_parameters(policy.network)
     settings = config.trainer
     optimizer = make_optimizer(
@@ -151,7 +151,6 @@ def assemble(config: Config, **given: Any) -> Parts:
         greedy_engine=greedy,
         evaluator=evaluator,
         ema=None if settings.ema_decay is None else Ema(policy.network, settings.ema_decay),
-        shadows={"reference": policy.reference_weights},
     )
 
 
@@ -274,7 +273,7 @@ def make_evaluator(
     names = {reward.name for reward in rewards}
     judges = [replace(j, name="judge") if j.name in names else j for j in judges]
     scorer = make_scorer([*rewards, *judges], config, prompts)
-    engine = ENGINES[config.modality](policy, config, method, evaluation=True)
+    engine = ENGINES[config.modality](policy, config, method, "eval")
     policy.check(prompts, room=engine.room)
     return Evaluator(
         engine=engine,
@@ -292,7 +291,7 @@ def make_trackers(config: Config, accelerator: Accelerator) -> list[Tracker]:
     run_dir = Path(config.run_dir)
     trackers: list[Tracker] = [
         JsonlTracker(run_dir / "metrics.jsonl"),
-        Console(total_steps=config.trainer.steps),
+        Console(config.trainer.steps),
     ]
     for name in config.tracking.trackers:
         trackers.append(resolve("tracker", name)(run_dir, config.model_dump()))
@@ -339,43 +338,47 @@ def _flow_policy(config: ImageConfig, folder: str, reference: str) -> Policy:
     return policy
 
 
-def _token_engine(
-    policy: Policy, config: TextConfig, method: Method, *, evaluation: bool
-) -> RolloutEngine:
+def _token_engine(policy: Policy, config: TextConfig, method: Method, mode: str) -> RolloutEngine:
     rollout = config.rollout
-    settings: dict[str, Any] = {"temperature": config.eval.temperature}
-    if not evaluation:
-        settings = {
+    by_mode: dict[str, dict[str, Any]] = {
+        "train": {
             "temperature": rollout.temperature,
             "top_p": rollout.top_p,
-            "top_k": rollout.top_k or 0,
+            "top_k": rollout.top_k,
             "min_p": rollout.min_p,
-        }
+        },
+        "eval": {"temperature": config.eval.temperature},
+        "greedy": {"temperature": 0.0},
+    }
     engine: RolloutEngine = load_target("mmgrpo.rollout.autoregressive:AutoregressiveEngine")(
-        policy, max_new_tokens=rollout.max_new_tokens, stop=tuple(rollout.stop), **settings
+        policy, max_new_tokens=rollout.max_new_tokens, stop=tuple(rollout.stop), **by_mode[mode]
     )
     return engine
 
 
-def _flow_engine(
-    policy: Policy, config: ImageConfig, method: Method, *, evaluation: bool
-) -> RolloutEngine:
+def _flow_engine(policy: Policy, config: ImageConfig, method: Method, mode: str) -> RolloutEngine:
     rollout, fixed = config.rollout, method.rollout
-    settings: dict[str, Any] = {
-        "kernel": "ode",
-        "num_steps": config.eval.num_steps or rollout.num_steps,
-        "guidance_scale": config.eval.guidance_scale,
-    }
-    if not evaluation:
-        settings = {
+    by_mode: dict[str, dict[str, Any]] = {
+        "train": {
             "kernel": fixed.kernel,
             "eta": fixed.eta,
             "selection": dict(fixed.selection),
             "shared_noise": fixed.shared_noise,
             "num_steps": rollout.num_steps,
-        }
+        },
+        "eval": {
+            "kernel": "ode",
+            "num_steps": config.eval.num_steps or rollout.num_steps,
+            "guidance_scale": config.eval.guidance_scale,
+        },
+        "greedy": {"kernel": "ode", "num_steps": rollout.num_steps},
+    }
     engine: RolloutEngine = load_target("mmgrpo.rollout.flow:FlowEngine")(
-        policy, height=rollout.height, width=rollout.width, shift=rollout.shift, **settings
+        policy,
+        height=rollout.height,
+        width=rollout.width,
+        shift=rollout.shift,
+        **by_mode[mode],
     )
     return engine
 

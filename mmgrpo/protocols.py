@@ -124,6 +124,12 @@ class Policy(Protocol):
     network: torch.nn.Module
     forwards: int
     """Network calls made so far, for the cost account."""
+    reference_weights: Weights
+    """The reference's own tensors, for the checkpoint."""
+
+    def check(self, prompts: Sequence[Prompt], *, room: int) -> None:
+        """Raise DataError for a prompt that cannot be used. ``room``: decisions it must leave."""
+        ...
 
     def evaluate(self, trajectories: Trajectories, request: Request = ...) -> Evaluation: ...
 
@@ -143,8 +149,23 @@ class Policy(Protocol):
         ...
 
 
+class Weights(Protocol):
+    """A second set of weights beside the network's: a reference or an average."""
+
+    def update(self) -> None:
+        """Follow the network; called after each optimiser step."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
 class RolloutEngine(Protocol):
     """Samples from a policy. Built with its sampling settings; never scores."""
+
+    room: int
+    """Decisions that a sample may have and that its prompt must leave in the model's context."""
 
     def generate(
         self, prompts: Sequence[Prompt], *, group_size: int, seed: int, version: int = 0

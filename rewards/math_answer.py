@@ -9,7 +9,7 @@ from typing import Any
 from math_verify import parse, verify
 
 from .numeric_tolerance import single_number
-from .text import as_number, find_answer, text_of
+from .text import as_number, find_answer, reference_of, text_of
 
 MAX_ANSWER_CHARACTERS = 200
 _ARITHMETIC = re.compile(
@@ -41,7 +41,8 @@ def math_answer(
 
     Args:
         completions: what the model wrote.
-        answer: the references: numbers, LaTeX or text.
+        answer: the references: numbers, LaTeX or text; of a worked solution, what follows the last
+            ``####`` (as in GSM8K) or stands in the last ``\boxed{}``.
         extract: ``any``, or only ``answer``, ``boxed`` or ``number``.
         expressions: accept unevaluated arithmetic for a plain reference.
         timeout_s: limit of one comparison; it holds in the main thread only.
@@ -57,16 +58,16 @@ math_answer.keeps_time = True  # type: ignore[attr-defined]
 
 
 def _score(text: str, gold: Any, extract: str, expressions: bool, timeout_s: int) -> float:
-    reference = _bare(find_answer(str(gold), "boxed") or str(gold))
-    parsed_reference = as_number(reference)
-    symbolic = None if parsed_reference is not None else _parse_gold(reference, timeout_s)
+    reference = _bare(reference_of(gold))
+    number = as_number(reference)
+    symbolic = None if number is not None else _parse_gold(reference, timeout_s)
     found = _bare(find_answer(text, extract) or "")
     if not _may_be_parsed(found):
         return 0.0
     if not expressions and _is_unevaluated(found, reference):
         return 0.0
-    if parsed_reference is not None:
-        same = single_number(found) == parsed_reference
+    if number is not None:
+        same = single_number(found) == number
         if same or as_number(found) is not None or not re.search(r"\d", found):
             return float(same)
     return float(_equal(symbolic or _parse_gold(reference, timeout_s), found, timeout_s))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from .text import MINUS, NUMBER, as_number, find_answer, text_of
+from .text import MINUS, NUMBER, as_number, find_answer, reference_of, text_of
 
 
 def numeric_tolerance(
@@ -40,7 +40,7 @@ def numeric_tolerance(
 
 
 def _close(text: str, gold: Any, relative: float, absolute: float, extract: str) -> float:
-    target = as_number(str(gold))
+    target = as_number(reference_of(gold))
     if target is None:
         raise ValueError(f"the reference answer {gold!r} is not a number")
     found = single_number(find_answer(text, extract) or "")

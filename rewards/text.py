@@ -104,6 +104,21 @@ def find_answer(text: str, extract: str = "any") -> str | None:
     return None
 
 
+def reference_of(gold: Any) -> str:
+    r"""Return the final answer of a reference, which may be a worked solution.
+
+    That is what follows the last ``####`` (GSM8K), else the last ``\boxed{}``, else everything.
+
+    >>> reference_of("3 + 4 = 7\n#### 7")
+    '7'
+    """
+    text = str(gold)
+    if "####" in text:
+        return text.rpartition("####")[2].strip()
+    boxed = last_boxed(text)
+    return text.strip() if boxed is None else boxed
+
+
 EXTRACTORS: dict[str, tuple[Callable[[str], str | None], ...]] = {
     "answer": (last_tag,),
     "boxed": (last_boxed,),

@@ -2,8 +2,7 @@
 
 A baseline is a function (reward, trajectories) -> ``[B]``; a scale is a function
 (reward, centred, trajectories) -> divisor, ``[B]`` or ``[]``. Both see whole groups, and the whole
-update through the collective. NaN rewards enter no statistic and stay NaN. A group of one sample
-has nothing to compare with: baseline 0, scale 1.
+update through the collective. NaN rewards enter no statistic and stay NaN.
 """
 
 from __future__ import annotations
@@ -24,6 +23,9 @@ from mmgrpo.core.groups import (
 )
 from mmgrpo.core.trajectories import Trajectories
 
+GROUP_BASELINES = frozenset({"group", "leave_one_out", "length_weighted"})
+"""Baselines that compare the samples of a group, and say nothing about a group of one."""
+
 
 def no_baseline(reward: Tensor, trajectories: Trajectories) -> Tensor:
     """0: the reward itself is the signal."""
@@ -32,12 +34,12 @@ def no_baseline(reward: Tensor, trajectories: Trajectories) -> Tensor:
 
 def group_baseline(reward: Tensor, trajectories: Trajectories) -> Tensor:
     """Mean reward of the group (GRPO, arXiv:2402.03300)."""
-    return _unless_alone(group_mean(reward, trajectories.group), reward, trajectories)
+    return _compared(group_mean(reward, trajectories.group), reward, trajectories)
 
 
 def leave_one_out_baseline(reward: Tensor, trajectories: Trajectories) -> Tensor:
     """Mean reward of the group's other samples (RLOO, arXiv:2402.14740)."""
-    return leave_one_out_mean(reward, trajectories.group)
+    return _compared(leave_one_out_mean(reward, trajectories.group), reward, trajectories)
 
 
 def length_weighted_baseline(reward: Tensor, trajectories: Trajectories) -> Tensor:
@@ -49,7 +51,18 @@ def length_weighted_baseline(reward: Tensor, trajectories: Trajectories) -> Tens
     length = torch.where(reward.isnan(), torch.zeros_like(length), length)
     total = group_sum(zero_nan(reward) * length, trajectories.group)
     mean = total / group_sum(length, trajectories.group).clamp_min(1.0)
-    return _unless_alone(mean, reward, trajectories)
+    return _compared(mean, reward, trajectories)
+
+
+def _compared(baseline: Tensor, reward: Tensor, trajectories: Trajectories) -> Tensor:
+    """The baseline but for degenerate groups: 0 for a group of one, the reward if all are equal.
+
+    Equal rewards then have an advantage of exactly 0, whatever the rounding of their mean.
+    """
+    alone = group_count(reward, trajectories.group) < 2
+    uniform = uniform_groups(reward, trajectories.group)
+    baseline = torch.where(uniform, reward, baseline)
+    return torch.where(alone, torch.zeros_like(baseline), baseline)
 
 
 def greedy_baseline(reward: Tensor, trajectories: Trajectories) -> Tensor:
@@ -59,17 +72,13 @@ def greedy_baseline(reward: Tensor, trajectories: Trajectories) -> Tensor:
     return trajectories.baseline_reward.to(reward.dtype)
 
 
-def _unless_alone(baseline: Tensor, reward: Tensor, trajectories: Trajectories) -> Tensor:
-    alone = group_count(reward, trajectories.group) < 2
-    return torch.where(alone, torch.zeros_like(baseline), baseline)
-
-
 def no_scale(
     reward: Tensor,
     centred: Tensor,
     trajectories: Trajectories,
     *,
     ddof: int,
+    eps: float,
     collective: Collective = LOCAL,
 ) -> Tensor:
     """1: no division (Dr. GRPO, arXiv:2503.20783)."""
@@ -82,10 +91,11 @@ def group_scale(
     trajectories: Trajectories,
     *,
     ddof: int,
+    eps: float,
     collective: Collective = LOCAL,
 ) -> Tensor:
-    """Standard deviation of the group's rewards (GRPO)."""
-    return group_std(reward, trajectories.group, ddof=ddof)
+    """Standard deviation of the group's rewards, plus eps (GRPO)."""
+    return group_std(reward, trajectories.group, ddof=ddof) + eps
 
 
 def batch_scale(
@@ -94,10 +104,11 @@ def batch_scale(
     trajectories: Trajectories,
     *,
     ddof: int,
+    eps: float,
     collective: Collective = LOCAL,
 ) -> Tensor:
-    """Standard deviation of the raw rewards of the whole update (Flow-GRPO's code default)."""
-    return _update_std(reward, ddof, collective)
+    """Standard deviation of the update's raw rewards, plus eps (Flow-GRPO's code default)."""
+    return _update_std(reward, ddof, collective) + eps
 
 
 def batch_centred_scale(
@@ -106,10 +117,11 @@ def batch_centred_scale(
     trajectories: Trajectories,
     *,
     ddof: int,
+    eps: float,
     collective: Collective = LOCAL,
 ) -> Tensor:
-    """Standard deviation of the group-centred rewards of the whole update."""
-    return _update_std(centred, ddof, collective)
+    """Standard deviation of the update's group-centred rewards, plus eps."""
+    return _update_std(centred, ddof, collective) + eps
 
 
 def _update_std(x: Tensor, ddof: int, collective: Collective) -> Tensor:

@@ -44,7 +44,7 @@ def sequence_mean_token_mean(loss: Tensor, weight: Tensor, total: Denominators) 
 
 
 def token_mean(loss: Tensor, weight: Tensor, total: Denominators) -> Tensor:
-    """sum loss / sum_i T_i: every decision counts the same (DAPO)."""
+    """Sum of the loss / sum_i T_i: every decision counts the same (DAPO)."""
     return (loss * weight).sum() / total.decisions
 
 

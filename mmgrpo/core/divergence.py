@@ -14,7 +14,7 @@ from mmgrpo.core.ratios import LOG_RATIO_LIMIT
 
 
 def k1(log_prob: Tensor, other_log_prob: Tensor) -> Tensor:
-    """d."""
+    """Return d."""
     return log_prob - other_log_prob
 
 

@@ -46,9 +46,7 @@ def reinforce(decisions: Decisions) -> Surrogate:
     return Surrogate(loss, torch.ones_like(loss, dtype=torch.bool))
 
 
-def log_policy_gradient(
-    decisions: Decisions, *, low: float = 0.2, high: float = 0.2
-) -> Surrogate:
+def log_policy_gradient(decisions: Decisions, *, low: float = 0.2, high: float = 0.2) -> Surrogate:
     """Policy gradient on the log-probability, clipped in log space (CPGD, arXiv:2505.12504).
 
     For A > 0 log_prob is bounded above by old + log(1 + high), for A <= 0 below by

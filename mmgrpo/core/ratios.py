@@ -14,7 +14,7 @@ LOG_RATIO_LIMIT = 20.0
 
 
 def log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
-    """log pi_theta - log pi_old, ``[B, T]``, clamped; 0 where the mask is off."""
+    """Return log pi_theta - log pi_old, ``[B, T]``, clamped; 0 where the mask is off."""
     difference = log_prob - old_log_prob
     return _clamp(torch.where(mask, difference, torch.zeros_like(difference)))
 

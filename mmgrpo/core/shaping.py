@@ -19,5 +19,5 @@ def clip(
 def scale(
     reward: Tensor, trajectories: Trajectories, *, factor: float = 1.0, offset: float = 0.0
 ) -> Tensor:
-    """factor * reward + offset, for instance 0/1 to -1/+1."""
+    """Return factor * reward + offset, for instance 0/1 to -1/+1."""
     return factor * reward + offset

@@ -6,6 +6,7 @@ share decisions (a tree); optional fields are None unless the method asks for th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, Self
@@ -17,12 +18,18 @@ from torch import Tensor
 class Payload(Protocol):
     """What a policy needs to evaluate the decisions again; opaque to the core."""
 
-    def select(self, rows: Tensor) -> Self: ...
+    def select(self, rows: Tensor) -> Self:
+        """Return the given rows (int64 indices)."""
+        ...
 
-    def to(self, device: torch.device) -> Self: ...
+    def to(self, device: torch.device) -> Self:
+        """Return a copy on ``device``."""
+        ...
 
     @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self: ...
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """Join payloads row-wise."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -93,15 +100,14 @@ class Trajectories:
                     f"{name} must start with [B, T] = {tuple(self.mask.shape)}; "
                     f"got {tuple(value.shape)}"
                 )
-        for name, value in {**self.rewards, **self._present(_PER_SAMPLE)}.items():
+        for name, value in {**self.rewards, **_present(self, _PER_SAMPLE)}.items():
             if value.shape != self.group.shape:
-                raise ValueError(f"{name} must be [B] = {tuple(self.group.shape)}; got {tuple(value.shape)}")
+                raise ValueError(
+                    f"{name} must be [B] = {tuple(self.group.shape)}; got {tuple(value.shape)}"
+                )
 
     def __len__(self) -> int:
         return self.group.shape[0]
-
-    def _present(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def decision_weight(self) -> Tensor:
@@ -125,8 +131,7 @@ class Trajectories:
         """
         rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
         changes: dict[str, Any] = {
-            name: value[rows]
-            for name, value in self._present((*_PER_DECISION, *_PER_SAMPLE, "group", "mask")).items()
+            name: value[rows] for name, value in _present(self, _PER_ROW).items()
         }
         changes["rewards"] = {name: value[rows] for name, value in self.rewards.items()}
         if self.pairs is not None:
@@ -141,7 +146,7 @@ class Trajectories:
     def to(self, device: torch.device) -> Trajectories:
         """Return a copy on ``device``."""
         changes: dict[str, Any] = {
-            name: value.to(device) for name, value in self._present(_TENSORS).items()
+            name: value.to(device) for name, value in _present(self, _TENSORS).items()
         }
         changes["rewards"] = {name: value.to(device) for name, value in self.rewards.items()}
         if self.payload is not None:
@@ -150,25 +155,36 @@ class Trajectories:
 
     @staticmethod
     def cat(parts: Sequence[Trajectories]) -> Trajectories:
-        """Join rollouts that carry the same fields; shorter ones are padded on the right."""
+        """Join rollouts that carry the same fields; shorter ones are padded on the right.
+
+        Raises:
+            ValueError: a field is there in one rollout and not in another.
+        """
         if len(parts) == 1:
             return parts[0]
+        carried = [{*_present(part, _TENSORS), *part.rewards} for part in parts]
+        uneven = carried[0].union(*carried) - carried[0].intersection(*carried)
+        if uneven:
+            raise ValueError(f"only some of the rollouts to join carry {', '.join(sorted(uneven))}")
         width = max(part.mask.shape[1] for part in parts)
         first = parts[0]
         changes: dict[str, Any] = {}
-        for name in ("mask", *first._present(_PER_DECISION)):
-            changes[name] = torch.cat([_pad_decisions(getattr(part, name), width) for part in parts])
-        for name in ("group", *first._present(_PER_SAMPLE)):
-            changes[name] = torch.cat([getattr(part, name) for part in parts])
+        for name in _present(first, _PER_ROW):
+            values = [getattr(part, name) for part in parts]
+            if name in ("mask", *_PER_DECISION):
+                values = [_pad_decisions(value, width) for value in values]
+            changes[name] = torch.cat(values)
         changes["rewards"] = {
             name: torch.cat([part.rewards[name] for part in parts]) for name in first.rewards
         }
         if first.pairs is not None:
-            offsets = [0]
-            for part in parts:
-                offsets.append(offsets[-1] + len(part))
+            starts = itertools.accumulate(map(len, parts), initial=0)
             changes["pairs"] = torch.cat(
-                [part.pairs + start for part, start in zip(parts, offsets, strict=False)]
+                [
+                    part.pairs + start
+                    for part, start in zip(parts, starts, strict=False)
+                    if part.pairs is not None
+                ]
             )
         if first.payload is not None:
             changes["payload"] = type(first.payload).cat([part.payload for part in parts])
@@ -180,7 +196,14 @@ _PER_DECISION = (
     "advantage", "weight", "segment", "node", "old_prediction", "ref_prediction",
 )  # fmt: skip
 _PER_SAMPLE = ("reward", "baseline_reward", "stratum", "variant", "version", "truncated")
+_PER_ROW = ("group", "mask", *_PER_DECISION, *_PER_SAMPLE)
 _TENSORS = tuple(f.name for f in fields(Trajectories) if f.name not in ("rewards", "payload"))
+
+
+def _present(trajectories: Trajectories, names: Sequence[str]) -> dict[str, Tensor]:
+    """The fields that are not None."""
+    values = {name: getattr(trajectories, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _pad_decisions(value: Tensor, width: int) -> Tensor:

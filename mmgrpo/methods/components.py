@@ -16,7 +16,7 @@ from mmgrpo.registry import component_names, resolve_component
 
 Options = TypeVar("Options")
 
-SUPPLIED = {"collective", "ddof", "trust_region"}
+SUPPLIED = {"collective", "ddof", "eps", "trust_region"}
 """Keyword parameters that the method passes itself."""
 
 
@@ -34,6 +34,12 @@ def spec_of(value: Any, default: str | None, *, where: str) -> dict[str, Any]:
             f"{where}: expected a component's name or {{name: ..., options}}, got {value!r}."
         )
     return {"name": default, **value}
+
+
+def specs_of(value: Any, *, where: str) -> list[dict[str, Any]]:
+    """The specs of a slot that takes several components in order, or one, or none."""
+    values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return [spec_of(item, None, where=where) for item in values]
 
 
 def bind(slot: str, spec: Mapping[str, Any], *, where: str) -> Callable[..., Any]:
@@ -96,7 +102,6 @@ def check_options(
     return {key: _typed(value, types[key], f"{where}.{key}") for key, value in options.items()}
 
 
-@functools.cache
 def _hints(target: Any) -> dict[str, Any]:
     return typing.get_type_hints(target, include_extras=True)
 

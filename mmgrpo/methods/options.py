@@ -60,7 +60,7 @@ class RewardOptions:
     """
 
     combine: str = "sum_then_normalise"
-    shaping: tuple[Any, ...] = ()
+    shaping: Any = ()
     kl: NonNegative = 0.0
     kl_placement: Literal["sample", "decision"] = "sample"
 

@@ -78,11 +78,10 @@ class TokenState:
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows; repeats fan a prompt out to its group. Gradients pass through."""
-        for layer in self._cache.layers:
-            # Of the two, only reorder_cache moves the states of recurrent layers, and only the
-            # other one has a deterministic backward on GPUs.
-            recurrent = hasattr(layer, "recurrent_states")
-            (layer.reorder_cache if recurrent else layer.batch_select_indices)(rows)
+        # Of the two, only reorder_cache moves the states of recurrent layers, and only the other one
+        # has a deterministic backward on GPUs.
+        recurrent = any(hasattr(layer, "recurrent_states") for layer in self._cache.layers)
+        (self._cache.reorder_cache if recurrent else self._cache.batch_select_indices)(rows)
         self._mask = self._mask[rows]
         self._next = self._next[rows]
         self.logits = self.logits[rows]

@@ -126,12 +126,7 @@ class FlowPolicy:
             DataError: a prompt that is no plain text, or has images.
             ConfigError: the model has no guidance of that scale.
         """
-        for prompt in prompts:
-            if not isinstance(prompt.content, str) or prompt.images:
-                raise DataError(
-                    f"Row {prompt.index}: an image model takes plain text prompts; got "
-                    f"{'images' if prompt.images else 'chat messages'}."
-                )
+        self.check(prompts)
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         texts = [str(prompt.content) for prompt in prompts]
         return LatentPrompts(
@@ -141,6 +136,24 @@ class FlowPolicy:
             if self.family.needs_negative(scale)
             else None,
         )
+
+    def check(self, prompts: Sequence[Prompt], *, room: int = 0) -> None:
+        """Refuse prompts that are no plain text, or have images.
+
+        Args:
+            prompts: all prompts of the run.
+            room: not used: denoising steps take no place in a prompt's context.
+
+        Raises:
+            DataError: names the row.
+        """
+        del room
+        for prompt in prompts:
+            if not isinstance(prompt.content, str) or prompt.images:
+                raise DataError(
+                    f"Row {prompt.index}: an image model takes plain text prompts; got "
+                    f"{'images' if prompt.images else 'chat messages'}."
+                )
 
     def release_encoders(self) -> None:
         """Move the text encoders to the CPU; a prompt that is not cached brings them back."""

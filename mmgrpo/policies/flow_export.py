@@ -67,6 +67,6 @@ def _load_adapter(pipe: Any, network: nn.Module, directory: Path) -> None:
 
 def _load_transformer(pipe: Any, network: nn.Module, directory: Path) -> None:
     loaded = type(network).from_pretrained(  # type: ignore[attr-defined]
-        directory, subfolder="transformer", torch_dtype=pipe.transformer.dtype
+        directory, subfolder="transformer", dtype=pipe.transformer.dtype
     )
     network.load_state_dict(loaded.state_dict())

@@ -34,7 +34,7 @@ def load_pipeline(path: str | Path, *, dtype: str) -> Any:
     if Path(path).is_dir():
         _check_parts(Path(path), [name for name in parts if name not in absent])
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=weights, **absent)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=weights, **absent)
     except (OSError, ValueError, ImportError, RuntimeError, TypeError) as error:
         raise ModelError(f"Cannot load the pipeline {path}: {first_line(error)}") from error
     return pipe

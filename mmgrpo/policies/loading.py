@@ -81,7 +81,7 @@ def load_processor(path: str | Path) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(path)
     except ImportError:
-        processor = _processor_for_images(path)
+        processor = _load_parts(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} has no processor: {first_line(error)}") from error
     if not hasattr(processor, "image_processor"):
@@ -116,25 +116,35 @@ def _check_folder(path: str | Path) -> None:
         raise ModelError(f"The model folder {text} does not exist{hint}")
 
 
-def _processor_for_images(path: str | Path) -> Any:
-    """Assemble a processor whose video part cannot be loaded.
+def processor_for_images(config: Any, images: Any, tokenizer: Any) -> Any:
+    """Assemble the processor of a kind of model without its video part.
 
     Transformers checks the class of every part, which fails for a part that needs torchvision;
     images alone need no torchvision.
-    """
-    from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor
 
-    whole: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
+    Args:
+        config: the model's configuration, which decides the processor's class.
+        images: the image processor.
+        tokenizer: the tokenizer, with the chat template.
+    """
+    from transformers import PROCESSOR_MAPPING
+
+    whole: Any = PROCESSOR_MAPPING[type(config)]
 
     def check(self: Any, name: str, part: Any) -> Any:
         return whole.check_argument_for_proper_class(self, name, part) if part else None
 
     images_only = type(whole.__name__, (whole,), {"check_argument_for_proper_class": check})
-    tokenizer = load_tokenizer(path)
-    try:
-        images = AutoImageProcessor.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} has no image processor: {first_line(error)}") from error
     return images_only(
         image_processor=images, tokenizer=tokenizer, chat_template=tokenizer.chat_template
     )
+
+
+def _load_parts(path: str | Path) -> Any:
+    from transformers import AutoConfig, AutoImageProcessor
+
+    try:
+        config, images = AutoConfig.from_pretrained(path), AutoImageProcessor.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} has no image processor: {first_line(error)}") from error
+    return processor_for_images(config, images, load_tokenizer(path))

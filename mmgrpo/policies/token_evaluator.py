@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmgrpo.core.trajectories import Trajectories
-from mmgrpo.errors import MethodError
+from mmgrpo.errors import MethodError, ModelError
 from mmgrpo.policies.decoding import (
     SelectiveHead,
     TokenState,
@@ -23,6 +23,7 @@ from mmgrpo.policies.decoding import (
     next_position,
     text_positions,
 )
+from mmgrpo.policies.loading import first_line
 from mmgrpo.policies.token_logits import TokenReading, read_tokens
 from mmgrpo.policies.token_payload import EncodedPrompt, TokenPayload, TokenPrompts, pad_right
 from mmgrpo.protocols import Evaluation, Request
@@ -31,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 PLAIN_REQUEST = Request()
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
-"""How far two orders of the same sums may differ in a log-probability, by dtype of the weights."""
+"""How far two orders of the same sums may differ, by dtype of the weights: absolutely in a
+log-probability, relative to the largest in a gradient."""
+
+_CANNOT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 Read = Callable[[TokenPayload, Tensor, bool], TokenReading]
 
@@ -194,31 +198,51 @@ class TokenEvaluator:
         logits = output.logits[0] if self._selective else output.logits[keep]
         return logits, output.past_key_values if use_cache else None
 
-    @torch.no_grad()
+    @torch.enable_grad()
     def _probe(self) -> None:
-        """Try the two shortcuts on a few tokens, and do without one that changes the result."""
-        self._selective = self._shares_prompts = False
+        """Try the shortcuts on a few tokens, and do without one that fails or changes the result."""
         payload = self._probe_payload()
         keep = torch.ones_like(payload.completion_ids, dtype=torch.bool)
-        expected = self._read_plain(payload, keep, False).log_prob
+        trained = [p for p in self.network.parameters() if p.requires_grad][:16]
+        early = min(trained, key=torch.numel, default=None)  # its gradient needs the whole backward
+
+        def result(read: Read) -> list[Tensor]:
+            log_prob = read(payload, keep, False).log_prob
+            grads = [] if early is None else torch.autograd.grad(log_prob.sum(), [early])
+            return [log_prob.detach(), *grads]
 
         def holds(read: Read) -> bool:
             try:
-                found = read(payload, keep, False).log_prob
-            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                logger.info("%s: %s", type(self.model).__name__, error)
+                pairs = zip(result(read), expected, strict=True)
+                return all(bool((a - b).abs().max() <= tolerance * _scale(b)) for a, b in pairs)
+            except _CANNOT as error:
+                logger.info("%s: %s", type(self.model).__name__, first_line(error))
                 return False
-            return bool((found - expected).abs().max() < _TOLERANCE[self.model.dtype])
 
+        tolerance = _TOLERANCE[self.model.dtype]
+        self._selective = self._shares_prompts = False
+        expected = result(self._read_plain)
         self._selective = True
         self._selective = holds(self._read_plain)
         self._shares_prompts = holds(self._read_shared)
         if not self._shares_prompts:
-            logger.warning(
-                "%s cannot continue a cache by many tokens; prompts are read once per completion.",
-                type(self.model).__name__,
-            )
+            self._check_steps(payload)
         self.forwards = 0
+
+    @torch.no_grad()
+    def _check_steps(self, payload: TokenPayload) -> None:
+        """Refuse a model that cannot even continue a prompt token by token."""
+        name = type(self.model).__name__
+        try:
+            state = self.begin(payload.prompts)
+            state.select(payload.prompt_row)
+            state.advance(payload.completion_ids[:, :1])
+        except _CANNOT as error:
+            raise ModelError(
+                f"{name} has no key-value cache that can be shared by a group, which sampling "
+                f"needs: {first_line(error)}"
+            ) from error
+        logger.warning("%s cannot share prompts: each is read once per completion.", name)
 
     def _probe_payload(self) -> TokenPayload:
         size = self.model.get_input_embeddings().weight.shape[0]
@@ -254,6 +278,10 @@ def _evaluate(trajectories: Trajectories, request: Request, read: Read) -> Evalu
         log_prob=place(reading.log_prob),
         entropy=None if reading.entropy is None else place(reading.entropy),
     )
+
+
+def _scale(value: Tensor) -> Tensor:
+    return value.abs().max().clamp(min=1.0)
 
 
 def silence_dropout(model: nn.Module) -> None:

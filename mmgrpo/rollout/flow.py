@@ -74,6 +74,8 @@ class FlowEngine:
             :func:`mmgrpo.core.diffusion.select_steps`; may be changed between rollouts.
     """
 
+    room = 0  # denoising steps take no place in a prompt's context
+
     def __init__(  # noqa: PLR0913 - each names one choice of the sampler
         self,
         policy: FlowModel,
@@ -126,6 +128,8 @@ class FlowEngine:
         self.rule = StepRule(kernel, eta, self.sigmas[1].item(), reduce)
         self.shared_noise = shared_noise
         self.guidance_scale = guidance_scale
+        if guidance_scale is not None:
+            policy.family.needs_negative(guidance_scale)
         self.decode = decode
         self.max_rows = max_rows
         self.selection = selection

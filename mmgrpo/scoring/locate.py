@@ -77,5 +77,5 @@ def _import_file(name: str) -> ModuleType:
 
 
 def cause_of(error: BaseException) -> str:
-    """Return ``Type: message`` of an exception."""
-    return f"{type(error).__name__}: {error}"
+    """Return ``Type: message`` of an exception, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}"[:400].split())

@@ -120,14 +120,10 @@ def _tensors(parts: Parts) -> dict[str, Tensor]:
     for name, parameter in named.items():
         for key, value in optimizer.get(parameter, {}).items():
             tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
-    for shadow_name, shadow in _shadows(parts).items():
+    for shadow_name, shadow in parts.second_weights.items():
         for name, value in shadow.state_dict().items():
             tensors[f"{shadow_name}/{name}"] = value
     return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-
-
-def _shadows(parts: Parts) -> dict[str, Any]:
-    return {**parts.shadows, **({"ema": parts.ema} if parts.ema is not None else {})}
 
 
 def _restore(parts: Parts, tensors: dict[str, Tensor]) -> None:
@@ -144,7 +140,7 @@ def _restore(parts: Parts, tensors: dict[str, Tensor]) -> None:
                 state[key] = value.clone() if key == "step" else value.to(parameter.device)
         if state:
             optimizer.state[parameter] = state
-    for shadow_name, shadow in _shadows(parts).items():
+    for shadow_name, shadow in parts.second_weights.items():
         prefix = f"{shadow_name}/"
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         shadow.load_state_dict(own)

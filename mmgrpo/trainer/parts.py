@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from mmgrpo.core.collective import Collective
-from mmgrpo.protocols import Policy, PromptSource, RolloutEngine, Sample, Scorer, Tracker
+from mmgrpo.protocols import Policy, PromptSource, RolloutEngine, Sample, Scorer, Tracker, Weights
 
 
 class MethodLike(Protocol):
@@ -28,18 +28,8 @@ class MethodLike(Protocol):
     score: Callable[..., Any]
 
 
-class Shadow(Protocol):
-    """Weights kept beside the policy's: an EMA or a reference copy."""
-
-    def state_dict(self) -> dict[str, torch.Tensor]: ...
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
-
-
-class Average(Shadow, Protocol):
+class Average(Weights, Protocol):
     """An exponential moving average of the trainable weights."""
-
-    def update(self) -> None: ...
 
     def applied(self) -> AbstractContextManager[None]: ...
 
@@ -73,10 +63,15 @@ class Parts:
     greedy_engine: RolloutEngine | None = None
     evaluator: Evaluator | None = None
     ema: Average | None = None
-    shadows: dict[str, Shadow] = field(default_factory=dict)
     trackers: Sequence[Tracker] = ()
     write_samples: Callable[..., None] | None = None
     finish: Callable[[Path], None] | None = None
+
+    @property
+    def second_weights(self) -> dict[str, Weights]:
+        """Everything beside the network's own weights that moves, or must survive a crash."""
+        average = {} if self.ema is None else {"ema": self.ema}
+        return {"reference": self.policy.reference_weights, **average}
 
     @property
     def evaluation_weights(self) -> AbstractContextManager[None]:

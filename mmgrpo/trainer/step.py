@@ -146,8 +146,8 @@ def _optimise(parts: Parts, batch: Trajectories, config: Config, report: Report)
     norm = parts.accelerator.clip_grad_norm_(parameters, config.trainer.max_grad_norm)
     parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
-    if parts.ema is not None:
-        parts.ema.update()
+    for weights in parts.second_weights.values():
+        weights.update()
     report.update_done(float(norm))
 
 

@@ -58,14 +58,21 @@ def test_the_remainder_left_out_changes_from_epoch_to_epoch():
 
 def test_seeds_and_epochs_give_other_orders():
     orders = {
-        tuple(indices(source(30, seed=seed).batch(epoch, 30))) for seed in range(5) for epoch in range(5)
+        tuple(indices(source(30, seed=seed).batch(epoch, 30)))
+        for seed in range(5)
+        for epoch in range(5)
     }
     assert len(orders) == 25
 
 
 def test_unshuffled_goes_round_in_order():
     prompts = source(5, shuffle=False)
-    assert [indices(prompts.batch(step, 2)) for step in range(4)] == [[0, 1], [2, 3], [4, 0], [1, 2]]
+    assert [indices(prompts.batch(step, 2)) for step in range(4)] == [
+        [0, 1],
+        [2, 3],
+        [4, 0],
+        [1, 2],
+    ]
 
 
 def test_all_is_the_order_of_the_file():

@@ -76,7 +76,10 @@ def test_every_format_gives_the_same_prompts(tmp_path, write):
     prompts = read(write(tmp_path))
     assert [p.content for p in prompts] == [row["prompt"] for row in TEXT_ROWS]
     assert [p.index for p in prompts] == [0, 1]
-    assert [p.columns for p in prompts] == [{"answer": "2", "level": 1}, {"answer": "6", "level": 3}]
+    assert [p.columns for p in prompts] == [
+        {"answer": "2", "level": 1},
+        {"answer": "6", "level": 3},
+    ]
     assert all(len(p.images) == 0 for p in prompts)
 
 
@@ -172,7 +175,10 @@ def test_another_prompt_column(tmp_path):
         ('{"prompt": [{"role": "user"}]}', "message 1 has no 'content'"),
         ('{"prompt": [{"role": "user", "content": 3}]}', "content must be text or parts"),
         ('{"prompt": [{"role": 1, "content": "x"}]}', "role must be text"),
-        ('{"prompt": [{"role": "user", "content": [{"type": "video"}]}]}', "a content part must be"),
+        (
+            '{"prompt": [{"role": "user", "content": [{"type": "video"}]}]}',
+            "a content part must be",
+        ),
         ('{"prompt": [{"role": "user", "content": [{"type": "text"}]}]}', "needs 'text'"),
         (
             '{"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}',

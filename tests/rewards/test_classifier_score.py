@@ -40,7 +40,9 @@ def probabilities(folder, image, rows=1, columns=2):
     """Softmax per cell, by slicing the pixel array."""
     model = ResNetForImageClassification.from_pretrained(folder).eval()
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    pixels = pixels.view(rows, CELL, columns, CELL, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, CELL, CELL)
+    pixels = (
+        pixels.view(rows, CELL, columns, CELL, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, CELL, CELL)
+    )
     with torch.no_grad():
         return model((pixels / 255.0 - MEAN) / STD).logits.softmax(dim=-1)
 

@@ -29,7 +29,11 @@ def test_every_reward_documents_its_range(name):
 def test_a_bare_import_of_the_folder_is_refused():
     root = Path(mmgrpo.rewards.__file__).parents[1]
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", "import rewards"], cwd=root, capture_output=True, text=True, check=False
+        [sys.executable, "-c", "import rewards"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if root.joinpath("rewards").is_dir():
         assert "import this package as `mmgrpo.rewards`" in done.stderr

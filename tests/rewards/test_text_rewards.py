@@ -139,6 +139,8 @@ def test_the_answer_is_the_tag_then_the_box_then_the_last_number():
         (r"\boxed{(1,2)}", "(2,1)", 0.0),
         ("<answer>-7</answer>", "7", 0.0),
         (r"so \boxed{3}", r"thus \boxed{3}", 1.0),
+        ("<answer>1200</answer>", "600 * 2 = <<600*2=1200>>\n#### 1,200", 1.0),
+        ("<answer>600</answer>", "600 * 2 = <<600*2=1200>>\n#### 1,200", 0.0),
         ("", "42", 0.0),
         ("no idea", "42", 0.0),
         ("<answer></answer> 42", "42", 0.0),
@@ -346,7 +348,9 @@ def test_length_penalty_is_equation_13():
 
     penalty = LengthPenalty(max_length=20, buffer=8)
     lengths = list(range(30))
-    assert penalty(lengths=lengths) == pytest.approx([reference(n, 20, 8) for n in lengths], abs=1e-12)
+    assert penalty(lengths=lengths) == pytest.approx(
+        [reference(n, 20, 8) for n in lengths], abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(("limit", "buffer"), [(10, 0), (10, 11), (10, -1)])

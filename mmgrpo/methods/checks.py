@@ -1,0 +1,84 @@
+"""Choices that make no sense together, found when a method is composed.
+
+Each check yields what is wrong as a sentence without its subject and its full stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmgrpo.core.diffusion import KERNELS, select_steps
+from mmgrpo.core.objectives import Decisions
+from mmgrpo.errors import nearest
+from mmgrpo.methods.components import accepts
+
+if TYPE_CHECKING:
+    from mmgrpo.methods.method import Method
+
+REQUIREMENTS = ("on_policy", "one_epoch")
+"""What a preset may require of the trainer beside what its components need."""
+
+
+def contradictions(method: Method) -> Iterator[str]:
+    """Everything that is wrong with a method, each as the end of an error message."""
+    for requirement in method.requires:
+        if requirement not in REQUIREMENTS:
+            yield f"unknown requirement '{requirement}'{nearest(requirement, REQUIREMENTS)}"
+    yield from _rollout(method)
+    yield from _objective(method)
+    yield from _reward(method)
+    yield from _regulariser(method)
+
+
+def _rollout(method: Method) -> Iterator[str]:
+    kernel = method.rollout.kernel
+    if kernel not in KERNELS:
+        yield f"unknown rollout.kernel '{kernel}'{nearest(kernel, KERNELS)}"
+    if kernel == "ode":
+        yield "rollout.kernel 'ode' draws no noise, so there would be no decision to train"
+    try:
+        select_steps(method.rollout.selection, 1000, seed=0, sample_seeds=[0])
+    except ValueError as error:
+        yield f"rollout.selection: {error}"
+
+
+def _objective(method: Method) -> Iterator[str]:
+    """A dry call finds bounds that contradict each other."""
+    try:
+        method.objective(Decisions(*torch.zeros(4, 1, 1)))
+    except ValueError as error:
+        yield f"{method.component('objective')}: {error}"
+    if method.components.get("trust_region") and not accepts(method.objective, "trust_region"):
+        yield (
+            f"trust_region has no effect with objective '{method.component('objective')}'; "
+            "set it to null"
+        )
+
+
+def _reward(method: Method) -> Iterator[str]:
+    options, credit = method.reward, method.component("credit")
+    if options.kl and options.kl_placement == "decision" and credit != "reward_to_go":
+        yield (
+            f"reward.kl_placement 'decision' needs credit 'reward_to_go'; '{credit}' drops "
+            "the rewards of single decisions"
+        )
+    whole = options.kl and options.kl_placement == "sample"
+    if whole and options.combine != "sum_then_normalise":
+        yield (
+            "reward.kl with kl_placement 'sample' is subtracted from the sum of the rewards, but "
+            f"combine '{options.combine}' normalises each by itself"
+        )
+    if method.advantage.whiten and method.advantage.valid_group_factor:
+        yield "advantage.whiten undoes the scale that advantage.valid_group_factor sets"
+
+
+def _regulariser(method: Method) -> Iterator[str]:
+    options = method.regulariser.kl
+    if options.gradient and options.gaussian:
+        yield (
+            f"regulariser.kl.gradient '{options.gradient}' has no effect with the divergence "
+            f"'{options.estimator}'"
+        )

@@ -1,0 +1,151 @@
+"""The update: log-probabilities become a loss, one micro-batch at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mmgrpo.core import divergence
+from mmgrpo.core.aggregation import Denominators, denominators
+from mmgrpo.core.objectives import Decisions
+from mmgrpo.core.ratios import log_ratio
+from mmgrpo.core.trajectories import Trajectories
+from mmgrpo.protocols import Evaluation
+from mmgrpo.registry import resolve_component
+
+if TYPE_CHECKING:
+    from mmgrpo.methods.method import Method
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A (micro-batch's share of the) loss.
+
+    Attributes:
+        loss: scalar to differentiate; the shares of all micro-batches and ranks sum to the loss.
+        metrics: shares that sum to the update's mean, keyed as in ``metrics.jsonl``.
+        max_log_ratio: largest absolute log-ratio, for the on-policy check.
+    """
+
+    loss: Tensor
+    metrics: dict[str, float]
+    max_log_ratio: float
+
+
+def compute_loss(
+    method: Method,
+    log_prob: Tensor,
+    trajectories: Trajectories,
+    *,
+    evaluation: Evaluation | None = None,
+    total: Denominators | None = None,
+) -> LossOutput:
+    """The loss of prepared trajectories.
+
+    What the tensors hold where the mask is off is never read. Without ``old_log_prob`` the policy
+    counts as its own old policy: every ratio is 1.
+
+    Args:
+        method: the method.
+        log_prob: ``[B, T]`` under the policy being trained, differentiable.
+        trajectories: prepared; may be a micro-batch of the update.
+        evaluation: the policy's evaluation, where the method reads more than ``log_prob``.
+        total: denominators of the whole update; those of ``trajectories`` when None.
+
+    Raises:
+        ValueError: something that the method needs is missing.
+    """
+    if trajectories.advantage is None:
+        raise ValueError("trajectories carry no advantage: call method.prepare first")
+    mask = trajectories.mask
+    dtype = torch.promote_types(log_prob.dtype, torch.float32)
+    log_prob = _masked(log_prob, mask, dtype)
+    old = trajectories.old_log_prob
+    old = log_prob.detach() if old is None else _masked(old, mask, dtype)
+    per_decision = log_ratio(log_prob, old, mask)
+    levelled = method.ratio(per_decision, mask, trajectories.segment)
+    advantage = _masked(trajectories.advantage, mask, dtype)
+    surrogate = method.objective(Decisions(levelled, log_prob, old, advantage))
+    loss = surrogate.loss * _correction(method, old, trajectories)
+    penalty, metrics = _regularise(method, log_prob, per_decision, trajectories, evaluation)
+    total = denominators(trajectories) if total is None else total
+    weight = trajectories.decision_weight.to(dtype)
+    value = method.aggregate(_masked(loss + penalty, mask, dtype), weight, total)
+    metrics |= {
+        "clip_fraction": (~surrogate.kept).to(dtype),
+        "ratio/mean": levelled.exp(),
+        "policy/approximate_kl": divergence.k3(old, log_prob),
+    }
+    share = weight / total.decisions
+    means = {name: float((x.detach() * share).sum()) for name, x in metrics.items()}
+    return LossOutput(
+        loss=value,
+        metrics={"loss": float(value.detach()), **means},
+        max_log_ratio=float(per_decision.detach().abs().max()) if mask.numel() else 0.0,
+    )
+
+
+def _masked(x: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` with 0 where the mask is off, so that nothing there reaches loss or gradient."""
+    return torch.where(mask, x, torch.zeros_like(x)).to(dtype)
+
+
+def _correction(method: Method, old: Tensor, trajectories: Trajectories) -> Tensor:
+    """``[B, T]`` weights for the engine's own probabilities, 1 where it has none."""
+    if trajectories.rollout_log_prob is None:
+        return torch.ones_like(old)
+    mismatch = log_ratio(old, trajectories.rollout_log_prob, trajectories.mask)
+    weight: Tensor = method.correction(mismatch, trajectories.mask)
+    return weight.to(old.dtype)
+
+
+def _regularise(
+    method: Method,
+    log_prob: Tensor,
+    log_ratio: Tensor,
+    trajectories: Trajectories,
+    evaluation: Evaluation | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Per-decision penalty ``[B, T]`` and the quantities to log."""
+    options, mask = method.regulariser, trajectories.mask
+    penalty = torch.zeros_like(log_prob)
+    metrics: dict[str, Tensor] = {}
+    if options.kl.coefficient:
+        metrics["kl"] = _kl(method, log_prob, trajectories, evaluation)
+        penalty = penalty + options.kl.coefficient * metrics["kl"]
+    if options.drift:
+        drift = divergence.drift(log_prob, log_ratio, cap=options.drift_cap)
+        penalty = penalty + options.drift * drift
+    if evaluation is not None and evaluation.entropy is not None:
+        metrics["entropy"] = _masked(evaluation.entropy, mask, log_prob.dtype)
+    if options.entropy:
+        if "entropy" not in metrics:
+            raise ValueError(f"method {method.id} needs evaluation.entropy")
+        penalty = penalty - options.entropy * metrics["entropy"]
+    return penalty, metrics
+
+
+def _kl(
+    method: Method, log_prob: Tensor, trajectories: Trajectories, evaluation: Evaluation | None
+) -> Tensor:
+    """The KL term ``[B, T]``: the policy's own divergence, or a log-probability estimate."""
+    options, mask = method.regulariser.kl, trajectories.mask
+    if options.gaussian:
+        if evaluation is None or evaluation.divergence is None:
+            raise ValueError(
+                f"method {method.id} needs evaluation.divergence ('{options.estimator}'): pass "
+                "evaluation=policy.evaluate(trajectories, method.request)"
+            )
+        return _masked(evaluation.divergence, mask, log_prob.dtype)
+    other = getattr(trajectories, f"{options.target}_log_prob")
+    if other is None:
+        raise ValueError(f"method {method.id} needs trajectories.{options.target}_log_prob")
+    other = _masked(other, mask, log_prob.dtype)
+    value: Tensor = resolve_component("estimator", options.estimator)(log_prob, other)
+    if options.gradient is None:
+        return value
+    gradient = resolve_component("estimator", options.gradient)(log_prob, other)
+    return divergence.straight_through(value, gradient)
