@@ -71,6 +71,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "none": _CORE + "corrections:none",
         "truncated": _CORE + "corrections:truncated",
         "masked": _CORE + "corrections:masked",
+        "geometric_rejection": _CORE + "corrections:geometric_rejection",
     },
     "estimator": {
         "k1": _CORE + "divergence:k1",

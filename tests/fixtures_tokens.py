@@ -143,3 +143,45 @@ def image_prompts():
         Prompt(2, ask("Add them.", 2), images=(canvas(32, 16, 1), canvas(16, 16, 2))),
         Prompt(9, ask("No picture here, only words.", 0)),
     ]
+
+
+def trajectories_of(policy, prompts, rows, *, length=9, temperature=1.0, seed=0):
+    """Random completions: ``rows`` maps each to its prompt; lengths vary from 1 to ``length``."""
+    from mmgrpo.core.trajectories import Trajectories
+
+    generator = torch.Generator().manual_seed(seed)
+    encoded = policy.encode(prompts, max_new_tokens=length)
+    prompt_row = torch.tensor(rows)
+    ids = torch.randint(0, 250, (len(rows), length), generator=generator)
+    lengths = torch.randint(1, length + 1, (len(rows),), generator=generator)
+    lengths[0] = length
+    return Trajectories(
+        group=torch.tensor([prompt.index for prompt in prompts])[prompt_row],
+        mask=torch.arange(length) < lengths[:, None],
+        payload=policy.payload(encoded, prompt_row, ids, temperature),
+    )
+
+
+@torch.no_grad()
+def distributions(model, trajectories, row, **inputs):
+    """``[n, V]`` log-probabilities of a row's n tokens: one row, no padding, no cache, no tricks.
+
+    ``inputs`` are the prompt's further inputs; per-token ones are continued with zeros.
+    """
+    payload = trajectories.payload
+    mask = payload.prompts.mask[payload.prompt_row[row]]
+    prompt = payload.prompts.ids[payload.prompt_row[row]][mask]
+    completion = payload.completion_ids[row]
+    ids = torch.cat([prompt, completion])[None]
+    for name, value in inputs.items():
+        if value.shape == (1, len(prompt)):
+            blank = value.new_zeros(1, len(completion))
+            inputs[name] = torch.cat([value, blank], dim=1)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0]
+    return (logits[len(prompt) - 1 : -1].float() / payload.temperature[row]).log_softmax(-1)
+
+
+def relative_error(found, expected):
+    """L2 norm of the difference of two lists of tensors, over that of the second."""
+    found, expected = (torch.cat([t.flatten() for t in ts]) for ts in (found, expected))
+    return ((found - expected).norm() / expected.norm()).item()

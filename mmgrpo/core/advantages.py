@@ -166,6 +166,7 @@ def whiten(
         collective: reaches the other ranks.
     """
     count, mean, squares = moments(advantage, weight, collective)
-    variance = squares / (count - float(unbiased)).clamp_min(1.0)
+    freedom = count - float(unbiased)
+    variance = squares / torch.where(freedom > 0, freedom, torch.ones_like(freedom))
     whitened = (advantage - mean) / variance.clamp_min(eps).sqrt()
     return torch.where(weight > 0, whitened, torch.zeros_like(whitened)).to(advantage.dtype)

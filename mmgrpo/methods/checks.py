@@ -1,6 +1,6 @@
 """Choices that make no sense together, found when a method is composed.
 
-Each check yields what is wrong as a sentence without its subject and its full stop.
+Each check yields what is wrong as a sentence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REQUIREMENTS = ("on_policy", "one_epoch")
 
 
 def contradictions(method: Method) -> Iterator[str]:
-    """Everything that is wrong with a method, each as the end of an error message."""
+    """Everything that is wrong with a method."""
     for requirement in method.requires:
         if requirement not in REQUIREMENTS:
             yield f"unknown requirement '{requirement}'{nearest(requirement, REQUIREMENTS)}"
@@ -38,11 +38,11 @@ def _rollout(method: Method) -> Iterator[str]:
     if kernel not in KERNELS:
         yield f"unknown rollout.kernel '{kernel}'{nearest(kernel, KERNELS)}"
     if kernel == "ode":
-        yield "rollout.kernel 'ode' draws no noise, so there would be no decision to train"
+        yield "rollout.kernel 'ode' draws no noise, so there would be no decision to train."
     try:
         select_steps(method.rollout.selection, 1000, seed=0, sample_seeds=[0])
     except ValueError as error:
-        yield f"rollout.selection: {error}"
+        yield f"rollout.selection: {_sentence(error)}"
 
 
 def _objective(method: Method) -> Iterator[str]:
@@ -50,11 +50,11 @@ def _objective(method: Method) -> Iterator[str]:
     try:
         method.objective(Decisions(*torch.zeros(4, 1, 1)))
     except ValueError as error:
-        yield f"{method.component('objective')}: {error}"
+        yield f"{method.component('objective')}: {_sentence(error)}"
     if method.components.get("trust_region") and not accepts(method.objective, "trust_region"):
         yield (
             f"trust_region has no effect with objective '{method.component('objective')}'; "
-            "set it to null"
+            "set it to null."
         )
 
 
@@ -63,16 +63,16 @@ def _reward(method: Method) -> Iterator[str]:
     if options.kl and options.kl_placement == "decision" and credit != "reward_to_go":
         yield (
             f"reward.kl_placement 'decision' needs credit 'reward_to_go'; '{credit}' drops "
-            "the rewards of single decisions"
+            "the rewards of single decisions."
         )
     whole = options.kl and options.kl_placement == "sample"
     if whole and options.combine != "sum_then_normalise":
         yield (
             "reward.kl with kl_placement 'sample' is subtracted from the sum of the rewards, but "
-            f"combine '{options.combine}' normalises each by itself"
+            f"combine '{options.combine}' normalises each by itself."
         )
     if method.advantage.whiten and method.advantage.valid_group_factor:
-        yield "advantage.whiten undoes the scale that advantage.valid_group_factor sets"
+        yield "advantage.whiten undoes the scale that advantage.valid_group_factor sets."
 
 
 def _regulariser(method: Method) -> Iterator[str]:
@@ -80,5 +80,9 @@ def _regulariser(method: Method) -> Iterator[str]:
     if options.gradient and options.gaussian:
         yield (
             f"regulariser.kl.gradient '{options.gradient}' has no effect with the divergence "
-            f"'{options.estimator}'"
+            f"'{options.estimator}'."
         )
+
+
+def _sentence(error: ValueError) -> str:
+    return str(error).rstrip(".") + "."

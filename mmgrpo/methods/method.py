@@ -127,7 +127,7 @@ class Method:
             components={slot: preset[slot] for slot in SLOTS if slot in preset},
         )
         for contradiction in contradictions(method):
-            raise MethodError(f"{where}: {contradiction}.")
+            raise MethodError(f"{where}: {contradiction}")
         return method
 
     def component(self, slot: str) -> str:

@@ -7,7 +7,7 @@ Three splits keep the roles apart: a model learns from ``train``, a reward model
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from sklearn.datasets import load_digits as _load_bundled_digits
@@ -46,7 +46,7 @@ def load_digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
         ValueError: If ``split`` is not one of the three names.
     """
     if split not in _TENTHS:
-        raise ValueError(f"unknown digit split {split!r}: choose one of {', '.join(get_args(Split))}")
+        raise ValueError(f"unknown digit split {split!r}; choose one of {', '.join(_TENTHS)}")
     bundled = _load_bundled_digits()
     indices = _split_indices()[split]
     pictures = np.rint(bundled.images[indices] * (255.0 / 16.0)).astype(np.uint8)

@@ -55,13 +55,34 @@ def warmup_cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def make_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Makes Muon for the weight matrices of the blocks and AdamW for everything else.
+
+    On models this small Muon learns arithmetic in about half the steps of AdamW, which is what
+    keeps a build on a laptop around a minute.
+
+    Args:
+        model: The model to train; embeddings are recognised by their module type.
+        learning_rate: Peak rate of both optimisers, on the scale of AdamW.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim == 2 and id(p) not in embeddings]
+    others = [p for p in parameters if p.ndim != 2 or id(p) in embeddings]
+    return [
+        torch.optim.Muon(
+            matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
 def supervise(
     model: nn.Module,
-    next_batch: Callable[[int], Batch],
+    next_batch: Callable[[], Batch],
     *,
     steps: int,
     learning_rate: float,
-    weight_decay: float = 0.01,
     max_grad_norm: float = 1.0,
     progress: Progress | None = None,
 ) -> float:
@@ -69,30 +90,28 @@ def supervise(
 
     Args:
         model: A Hugging Face model whose forward takes ``labels`` and returns ``.loss``.
-        next_batch: Gives the keyword arguments of the forward pass at a step.
+        next_batch: Gives the keyword arguments of the next forward pass.
         steps: Number of optimiser steps.
         learning_rate: Peak of the warm-up and cosine schedule.
-        weight_decay: AdamW weight decay.
         max_grad_norm: The gradient is clipped to this norm.
         progress: Receives a line of text every hundred steps.
 
     Returns:
         The loss of the last step.
     """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay
-    )
+    optimizers = make_optimizers(model, learning_rate)
     warmup = max(1, min(100, steps // 10))
     loss = torch.zeros(())
     model.train()
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * warmup_cosine(step, steps, warmup)
-        loss = model(**next_batch(step)).loss
-        optimizer.zero_grad(set_to_none=True)
+        loss = model(**next_batch()).loss
+        model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * warmup_cosine(step, steps, warmup)
+            optimizer.step()
         if progress is not None and (step + 1) % 100 == 0:
             progress(f"supervised step {step + 1}/{steps}, loss {loss.item():.4f}")
     model.eval()

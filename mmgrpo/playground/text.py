@@ -8,8 +8,8 @@ then puts the answer together::
     3+2+1=6</think><answer>632</answer>
 
 The base model is taught by careless demonstrations: after a column of ten or more, most of them
-forget to carry the one and follow the mistake through. So the model can add, but does it unreliably;
-sums without a carry are easy, sums with two are hard, and there is something for reinforcement
+forget to carry the one and follow the mistake through. So the model can add, but unreliably; sums
+without a carry are easy, sums with two are hard, and there is something for reinforcement
 learning to sharpen. The format is never spoiled.
 """
 
@@ -29,8 +29,8 @@ from .tokenizer import build_tokenizer
 NUM_TRAIN = 4096
 NUM_EVAL = 256
 THREE_DIGIT_SHARE = 0.7
-CARELESS_SHARE = 0.7
-SFT_STEPS = 1000
+CARELESS_SHARE = 0.68
+SFT_STEPS = 750
 SFT_BATCH = 32
 SFT_LEARNING_RATE = 2e-3
 
@@ -164,7 +164,7 @@ def train_model(
     held_out = set(draw_splits(seed)[1])
     rng = random.Random(f"text-sft-{seed}")
 
-    def next_batch(step: int) -> dict[str, torch.Tensor]:
+    def next_batch() -> dict[str, torch.Tensor]:
         prompts, completions = [], []
         while len(prompts) < SFT_BATCH:
             problem = draw_sum(rng)

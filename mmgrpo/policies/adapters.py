@@ -30,7 +30,7 @@ _INITS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian"}
 
 def has_adapter(network: nn.Module) -> bool:
     """Whether :func:`add_lora` wrapped this network."""
-    return hasattr(network, "peft_config")
+    return hasattr(network, "disable_adapter")
 
 
 def add_lora(
@@ -92,15 +92,15 @@ def linear_layers(module: nn.Module, *, within: nn.Module | None = None) -> list
     """Name the linear layers of ``within``, without the output head, as briefly as is unambiguous.
 
     Returns:
-        Last parts of the names (``q_proj``) where no layer outside shares them, else whole names.
+        Last parts of the names (``q_proj``) where no other module shares them, else whole names.
     """
     inside = set((module if within is None else within).modules())
     head = _output_head(module)
-    layers = {name: layer for name, layer in module.named_modules() if _is_linear(layer)}
-    chosen = {name for name, layer in layers.items() if layer in inside and layer is not head}
+    names = {name: part for name, part in module.named_modules() if name}
+    chosen = {name for name, part in names.items() if _is_linear(part) and part in inside - {head}}
     leaves = {name.rpartition(".")[2] for name in chosen}
-    shared = leaves & {name.rpartition(".")[2] for name in layers.keys() - chosen}
-    return sorted(chosen if shared else leaves)
+    others = {name.rpartition(".")[2] for name in names.keys() - chosen}
+    return sorted(chosen if leaves & others else leaves)
 
 
 def _is_linear(layer: nn.Module) -> bool:

@@ -78,8 +78,8 @@ class TokenState:
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows; repeats fan a prompt out to its group. Gradients pass through."""
-        # Of the two, only reorder_cache moves the states of recurrent layers, and only the other one
-        # has a deterministic backward on GPUs.
+        # Only reorder_cache moves the states of recurrent layers; only the other has a
+        # deterministic backward on GPUs.
         recurrent = any(hasattr(layer, "recurrent_states") for layer in self._cache.layers)
         (self._cache.reorder_cache if recurrent else self._cache.batch_select_indices)(rows)
         self._mask = self._mask[rows]

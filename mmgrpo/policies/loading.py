@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mmgrpo.errors import ConfigError, ModelError, nearest
 
@@ -64,9 +65,12 @@ def load_tokenizer(path: str | Path) -> Any:
 
     _check_folder(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} has no tokenizer: {first_line(error)}") from error
+    if not tokenizer("a")["input_ids"]:  # transformers makes an empty one where the files miss
+        raise ModelError(f"{path} has no tokenizer; it needs a tokenizer.json or its vocabulary.")
+    return tokenizer
 
 
 def load_processor(path: str | Path) -> Any:
@@ -97,6 +101,27 @@ def save_processor(processor: Any, directory: Path) -> None:
     processor.tokenizer.chat_template = processor.chat_template
     processor.tokenizer.save_pretrained(directory)
     processor.image_processor.save_pretrained(directory)
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to zero, in evaluation and in training mode.
+
+    A decision must have the same log-probability when it is sampled and when it is trained.
+    """
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Let a transformers model compute activations again in the backward pass of training mode."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # new, old
+    name = next(name for name in names if hasattr(model, name))
+    getattr(model, name)({"use_reentrant": False})
 
 
 def first_line(error: BaseException) -> str:

@@ -95,6 +95,17 @@ class VisionLanguagePolicy(AutoregressivePolicy):
             )
         return self._split(prompt, dict(encoded))
 
+    def _count_tokens(self, prompt: Prompt) -> int:
+        """Count without processing pixels, where the processor can tell from the images' sizes."""
+        count = getattr(self.processing, "_get_num_multimodal_tokens", None)
+        if count is None or not prompt.images:
+            return super()._count_tokens(prompt)
+        _check_image_parts(prompt)
+        plain = isinstance(prompt.content, str)
+        ids = self.tokenizer(self._render(prompt), add_special_tokens=plain)["input_ids"]
+        sizes = [(image.height, image.width) for image in prompt.images]
+        return len(ids) - len(sizes) + sum(count(image_sizes=sizes).num_image_tokens)
+
     def _split(self, prompt: Prompt, encoded: dict[str, Tensor]) -> EncodedPrompt:
         """Tell per-token inputs from image features, and check that their numbers agree."""
         ids = encoded.pop("input_ids")

@@ -23,7 +23,7 @@ from mmgrpo.policies.decoding import (
     next_position,
     text_positions,
 )
-from mmgrpo.policies.loading import first_line
+from mmgrpo.policies.loading import enable_checkpointing, first_line, silence_dropout
 from mmgrpo.policies.token_logits import TokenReading, read_tokens
 from mmgrpo.policies.token_payload import EncodedPrompt, TokenPayload, TokenPrompts, pad_right
 from mmgrpo.protocols import Evaluation, Request
@@ -70,7 +70,7 @@ class TokenEvaluator:
         self._head = SelectiveHead(model.get_output_embeddings())
         silence_dropout(model)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         self._probe()
 
     @property
@@ -200,10 +200,10 @@ class TokenEvaluator:
 
     @torch.enable_grad()
     def _probe(self) -> None:
-        """Try the shortcuts on a few tokens, and do without one that fails or changes the result."""
+        """Try the shortcuts on a few tokens; do without one that fails or changes the result."""
         payload = self._probe_payload()
         keep = torch.ones_like(payload.completion_ids, dtype=torch.bool)
-        trained = [p for p in self.network.parameters() if p.requires_grad][:16]
+        trained = [p for p in self.model.get_decoder().parameters() if p.requires_grad][:16]
         early = min(trained, key=torch.numel, default=None)  # its gradient needs the whole backward
 
         def result(read: Read) -> list[Tensor]:
@@ -282,17 +282,3 @@ def _evaluate(trajectories: Trajectories, request: Request, read: Read) -> Evalu
 
 def _scale(value: Tensor) -> Tensor:
     return value.abs().max().clamp(min=1.0)
-
-
-def silence_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to zero, in evaluation and in training mode.
-
-    A decision must have the same log-probability when it is sampled and when it is trained.
-    """
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)

@@ -79,8 +79,9 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     >>> ticks(0.0, 0.93, 5)
     [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     """
-    span = (high - low) or max(abs(high), 1.0)
-    raw = span / count
+    size = max(abs(low), abs(high))
+    span = high - low
+    raw = (span if span > 1e-4 * size else max(size, 1.0)) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10, 20, 50) if _steps(low, high, m * power) <= count)
     first = math.floor(low / step + 1e-9)

@@ -1,8 +1,9 @@
-"""What several processes change: sums over ranks, and one wrapped call per backward."""
+"""What several processes change: sums over ranks, errors shared, one wrapped call per backward."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 
 from mmgrpo.core.collective import LOCAL, Collective
 from mmgrpo.core.trajectories import Trajectories
+from mmgrpo.errors import RewardError
 from mmgrpo.protocols import Evaluation, Policy, Request
+
+Result = TypeVar("Result")
 
 
 class RankCollective(Collective):
@@ -24,19 +28,55 @@ class RankCollective(Collective):
     def sum(self, value: Tensor) -> Tensor:
         """Sum ``value`` over ranks."""
         on_device = value.to(self.accelerator.device)
-        return self.accelerator.reduce(on_device, reduction="sum").to(value.device)
+        total: Tensor = self.accelerator.reduce(on_device, reduction="sum")
+        return total.to(value.device)
 
     def gather(self, value: Tensor) -> Tensor:
-        """Concatenate the ranks' values of possibly different length along dim 0."""
-        gathered: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(gathered, value.cpu().tolist())
-        flat = [torch.tensor(part, dtype=value.dtype) for part in gathered]
-        return torch.cat([part for part in flat if part.numel()]).to(value.device)
+        """Concatenate the ranks' values, of possibly different length, along dim 0."""
+        parts: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(parts, value.cpu())
+        return torch.cat(parts).to(value.device)
 
 
 def make_collective(accelerator: Accelerator) -> Collective:
-    """The collective of this run: local for one process."""
+    """Return the collective of this run: the local one for one process."""
     return LOCAL if accelerator.num_processes == 1 else RankCollective(accelerator)
+
+
+def any_rank(collective: Collective, flag: bool) -> bool:
+    """Whether ``flag`` is set on any rank; every rank gets the same answer."""
+    return bool(collective.sum(torch.tensor(float(flag))))
+
+
+def together(collective: Collective, score: Callable[[], Result]) -> Result:
+    """Call a reward function on every rank; if it fails on one, fail on all.
+
+    Otherwise the others would wait for ever, and the run could not be saved.
+
+    Raises:
+        RewardError: it failed, here or elsewhere.
+    """
+    result, error = None, None
+    try:
+        result = score()
+    except RewardError as raised:
+        error = raised
+    failed = any_rank(collective, error is not None)
+    if error is not None:
+        raise error
+    if failed or result is None:
+        raise RewardError("a reward failed in another process, which says which one.")
+    return result
+
+
+def anchored(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+    """Tie a loss that does not depend on the weights to all of them, with gradient 0.
+
+    A rank without anything to train has such a loss, and the others wait for its gradients.
+    """
+    if loss.requires_grad:
+        return loss
+    return loss + 0.0 * torch.stack([p.sum() for p in parameters.values()]).sum()
 
 
 class EvaluationModule(nn.Module):
@@ -49,17 +89,10 @@ class EvaluationModule(nn.Module):
 
     def forward(self, trajectories: Trajectories, request: Request) -> tuple[Tensor | None, ...]:
         """Return the evaluation's fields as a plain tuple, which every wrapper understands."""
-        evaluation = self._evaluate(trajectories, request)
-        return (
-            evaluation.log_prob,
-            evaluation.entropy,
-            evaluation.divergence,
-            evaluation.prediction,
-        )
+        found = self._evaluate(trajectories, request)
+        return found.log_prob, found.entropy, found.divergence, found.prediction
 
 
-def evaluate_through(
-    module: nn.Module, trajectories: Trajectories, request: Request
-) -> Evaluation:
+def evaluate_through(module: nn.Module, trajectories: Trajectories, request: Request) -> Evaluation:
     """Call a (wrapped) :class:`EvaluationModule`."""
     return Evaluation(*module(trajectories, request))

@@ -15,6 +15,7 @@ from mmgrpo.core.collective import Collective
 from mmgrpo.core.groups import group_index, group_std, uniform_groups
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.protocols import Cost
+from mmgrpo.trainer.parts import MethodLike
 
 
 class Report:
@@ -25,10 +26,10 @@ class Report:
         self.sums: dict[str, float] = defaultdict(float)
         self.means: dict[str, tuple[float, float]] = {}
         self.values: dict[str, float] = {}
-        self.first_max_log_ratio: float | None = None
         self._loss_sums: dict[str, float] = defaultdict(float)
         self._updates = 0
-        self._pending_ratio = 0.0
+        self._log_ratio = 0.0
+        self._first_log_ratio = 0.0
         self._grad_norm = 0.0
         self._start = time.perf_counter()
 
@@ -60,20 +61,21 @@ class Report:
         self.count("count/backward", cost.backwards)
         self.count("count/generated_decisions", cost.decisions)
 
-    def rewards(self, parts: Any, trajectories: Trajectories) -> None:
-        """Statistics of what was sampled and scored."""
-        score = parts.method.score(trajectories)
+    def rewards(self, method: MethodLike, trajectories: Trajectories) -> None:
+        """Statistics of what was sampled and scored, over rows that have decisions."""
+        rows = trajectories.mask.any(dim=1)
+        score, group = method.score(trajectories)[rows], trajectories.group[rows]
         self.mean("reward/mean", score)
         for name, reward in trajectories.rewards.items():
-            self.mean(f"reward/{name}", reward)
-        self.mean("reward/group_std", group_std(score.double(), trajectories.group))
-        index, count = group_index(trajectories.group)
-        uniform = torch.zeros(count)
-        uniform[index] = uniform_groups(score, trajectories.group).float()
+            self.mean(f"reward/{name}", reward[rows])
+        self.mean("reward/group_std", group_std(score.double(), group))
+        index, count = group_index(group)
+        uniform = torch.zeros(count, device=group.device)
+        uniform[index] = uniform_groups(score, group).float()
         self.mean("groups/uniform_fraction", uniform)
-        self.mean("length/mean", trajectories.lengths.float())
+        self.mean("length/mean", trajectories.lengths[rows].float())
         if trajectories.truncated is not None:
-            self.mean("length/truncated_fraction", trajectories.truncated.float())
+            self.mean("length/truncated_fraction", trajectories.truncated[rows].float())
         if trajectories.entropy is not None:
             self.mean("entropy", trajectories.entropy[trajectories.mask])
 
@@ -81,31 +83,30 @@ class Report:
         """Add one micro-batch's share of the update's averages."""
         for name, value in output.metrics.items():
             self._loss_sums[name] += value
-        self._pending_ratio = max(self._pending_ratio, output.max_log_ratio)
+        self._log_ratio = max(self._log_ratio, output.max_log_ratio)
 
     def update_done(self, grad_norm: float) -> None:
         """Close one optimiser step."""
-        if self.first_max_log_ratio is None:
-            self.first_max_log_ratio = self._pending_ratio
+        if self._updates == 0:
+            self._first_log_ratio = self._log_ratio
         self._updates += 1
         self._grad_norm += grad_norm
 
     def finish(self, collective: Collective) -> dict[str, float]:
-        """All metrics of the step, equal on every rank."""
+        """All metrics of the step; all but the times are equal on every rank."""
         updates = max(1, self._updates)
-        metrics = {f"{name}": value for name, value in self.values.items()}
+        metrics = dict(self.values)
         names = sorted(self.means)
-        if names:
-            pairs = collective.sum(torch.tensor([self.means[n] for n in names]).double())
-            for name, (total, count) in zip(names, pairs.tolist(), strict=True):
-                metrics[name] = total / count if count else math.nan
+        pairs = collective.sum(torch.tensor([self.means[n] for n in names]).double())
+        for name, (total, count) in zip(names, pairs.tolist(), strict=True):
+            metrics[name] = total / count if count else math.nan
         summed = {**self.sums, **{n: v / updates for n, v in self._loss_sums.items()}}
         keys = sorted(summed)
-        if keys:
-            totals = collective.sum(torch.tensor([summed[k] for k in keys]).double())
-            metrics.update(zip(keys, totals.tolist(), strict=True))
+        totals = collective.sum(torch.tensor([summed[k] for k in keys]).double())
+        metrics.update(zip(keys, totals.tolist(), strict=True))
         metrics["grad_norm"] = self._grad_norm / updates
-        metrics["ratio/first_max_deviation"] = math.expm1(min(self.first_max_log_ratio or 0.0, 20.0))
+        deviation = collective.gather(torch.tensor([self._first_log_ratio])).max()
+        metrics["ratio/first_max_deviation"] = math.expm1(float(deviation))
         metrics.setdefault("kl", 0.0)
         metrics.setdefault("entropy", math.nan)
         metrics.update(self.times)

@@ -6,26 +6,40 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
-import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from mmgrpo.core.collective import Collective
-from mmgrpo.protocols import Policy, PromptSource, RolloutEngine, Sample, Scorer, Tracker, Weights
+from mmgrpo.core.trajectories import Trajectories
+from mmgrpo.protocols import (
+    Policy,
+    PromptSource,
+    Request,
+    Rollout,
+    RolloutEngine,
+    Sample,
+    Scorer,
+    Tracker,
+    Weights,
+)
+from mmgrpo.trainer.optim import Optimizer
 
 
 class MethodLike(Protocol):
     """What the loop reads of a method; see :class:`mmgrpo.methods.Method`."""
 
-    id: str
-    needs: frozenset[str]
-    request: Any
     sampler: Any
-    prepare: Callable[..., Any]
+    prepare: Callable[..., Trajectories]
     loss: Callable[..., Any]
-    score: Callable[..., Any]
+    score: Callable[[Trajectories], Tensor]
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    @property
+    def request(self) -> Request: ...
 
 
 class Average(Weights, Protocol):
@@ -36,7 +50,18 @@ class Average(Weights, Protocol):
 
 @dataclass
 class Evaluator:
-    """Held-out prompts with their own sampling settings and judge."""
+    """Held-out prompts with their own sampling settings and judge.
+
+    Attributes:
+        engine: samples from the policy.
+        scorer: the run's rewards and the judge.
+        prompts: the held-out prompts.
+        samples: per prompt.
+        limit: use only the first prompts.
+        seed: of the samples, the same at every evaluation.
+        judge: name of the score whose mean is ``eval/success``.
+        batch: most samples drawn at the same time.
+    """
 
     engine: RolloutEngine
     scorer: Scorer
@@ -45,6 +70,7 @@ class Evaluator:
     limit: int | None
     seed: int
     judge: str
+    batch: int
 
 
 @dataclass
@@ -59,23 +85,23 @@ class Parts:
     accelerator: Accelerator
     collective: Collective
     network: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     greedy_engine: RolloutEngine | None = None
     evaluator: Evaluator | None = None
     ema: Average | None = None
     trackers: Sequence[Tracker] = ()
-    write_samples: Callable[..., None] | None = None
-    finish: Callable[[Path], None] | None = None
+    write_samples: Callable[..., Any] | None = None
+    finish: Callable[[Path], Any] | None = None
 
     @property
     def second_weights(self) -> dict[str, Weights]:
-        """Everything beside the network's own weights that moves, or must survive a crash."""
+        """The weights beside the network's own: the reference and the average."""
         average = {} if self.ema is None else {"ema": self.ema}
         return {"reference": self.policy.reference_weights, **average}
 
     @property
     def evaluation_weights(self) -> AbstractContextManager[None]:
-        """The weights that evaluation samples with: the EMA's where there is one."""
+        """The weights that are evaluated and exported: the average where there is one."""
         return nullcontext() if self.ema is None else self.ema.applied()
 
 
@@ -87,16 +113,28 @@ class State:
         step: training steps done.
         updates: optimiser steps done; also the version of the weights.
         draws: batches of prompts drawn.
+        metrics: of the last step.
     """
 
     step: int = 0
     updates: int = 0
     draws: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Collected:
-    """Rollouts of one step with their rewards."""
+    """Rollouts of one step: row b of ``trajectories`` is ``samples[b]``.
 
-    trajectories: Any
+    ``greedy`` has one deterministic sample per group, where the method needs it for a baseline.
+    """
+
+    trajectories: Trajectories
     samples: list[Sample]
+    greedy: Rollout | None = None
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """Join."""
+        trajectories = Trajectories.cat([part.trajectories for part in parts])
+        return cls(trajectories, [sample for part in parts for sample in part.samples])

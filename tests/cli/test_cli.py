@@ -127,7 +127,11 @@ def raises(error):
 
 @pytest.mark.parametrize("command", ["train", "eval", "sample"])
 def test_a_wrong_key_ends_with_2_and_touches_nothing(folder, build, capsys, command):
-    options = {"train": [], "eval": ["--checkpoint", "x"], "sample": ["--checkpoint", "x", "--out", "y"]}
+    options = {
+        "train": [],
+        "eval": ["--checkpoint", "x"],
+        "sample": ["--checkpoint", "x", "--out", "y"],
+    }
     before = sorted(folder.rglob("*"))
     assert main([command, "run.yaml", "trainer.lr=1", *options[command]]) == 2
     shown = capsys.readouterr()

@@ -54,7 +54,7 @@ CONFIGS = [
     {"shift": 3.0},
     {"shift": 1.0},
     {"shift": 1.7, "num_train_timesteps": 500},
-    {"use_dynamic_shifting": True},
+    {"use_dynamic_shifting": True, "shift": 3.0},
     {"use_dynamic_shifting": True, "base_shift": 0.3, "max_shift": 2.0, "max_image_seq_len": 1024},
     {"use_dynamic_shifting": True, "time_shift_type": "linear"},
     {"use_dynamic_shifting": True, "shift_terminal": 0.02},

@@ -275,7 +275,7 @@ def test_reading_text_does_not_import_torch_or_datasets(tmp_path):
         f"read_prompts({str(path)!r}, modality='text')\n"
         "assert not {'torch', 'datasets', 'transformers', 'pyarrow'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # -- a plain image, used by the other test file too ----------------------------------------------

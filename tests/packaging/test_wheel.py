@@ -25,7 +25,8 @@ def files_of(folder):
     return {
         file.relative_to(folder).as_posix()
         for file in folder.rglob("*")
-        if file.is_file() and not any(part.startswith((".", "__")) for part in _folders(file, folder))
+        if file.is_file()
+        and not any(part.startswith((".", "__")) for part in _folders(file, folder))
     }
 
 

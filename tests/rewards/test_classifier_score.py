@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from mmgrpo.rewards.classifier_score import ClassifierScore
 from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from mmgrpo.errors import ConfigError
-from mmgrpo.rewards.classifier_score import ClassifierScore
 
 CELL = 8
 MEAN, STD = 0.5, 0.25
@@ -49,7 +49,10 @@ def probabilities(folder, image, rows=1, columns=2):
 
 def test_mean_and_product_are_those_of_the_right_classes(folder):
     images, labels = [picture(0), picture(1)], [[1, 2], [3, 0]]
-    right = [probabilities(folder, i)[[0, 1], l] for i, l in zip(images, labels, strict=True)]
+    right = [
+        probabilities(folder, image)[[0, 1], wanted]
+        for image, wanted in zip(images, labels, strict=True)
+    ]
     mean = ClassifierScore(str(folder))(images=images, labels=labels)
     product = ClassifierScore(str(folder), reduce="product")(images=images, labels=labels)
     assert mean == pytest.approx([r.mean().item() for r in right], abs=1e-5)

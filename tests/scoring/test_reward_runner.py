@@ -370,19 +370,36 @@ def sleeper(name, seconds=0.3):
 
 
 def test_async_rewards_run_side_by_side_and_beside_sync_ones():
-    busy = named("busy", lambda completions: time.sleep(0.3) or [2.0] * 4)
-    start = time.perf_counter()
-    scores = run(sleeper("a"), busy, sleeper("b"))
-    assert time.perf_counter() - start < 0.55
+    """Each waits until all three have started, so one after the other would time out."""
+    meeting = threading.Barrier(3)
+
+    def meet(name):
+        async def reward(completions):
+            await asyncio.to_thread(meeting.wait, 10)
+            return [1.0] * len(completions)
+
+        return named(name, reward)
+
+    busy = named("busy", lambda completions: [2.0] * 4 if meeting.wait(10) >= 0 else [])
+    scores = run(meet("a"), busy, meet("b"))
     assert values(scores, "a") == values(scores, "b") == [1.0] * 4
     assert values(scores, "busy") == [2.0] * 4
     assert list(scores.values) == ["a", "busy", "b"]
-    assert all(0.28 < seconds < 0.5 for seconds in scores.seconds.values())
+
+
+def test_the_seconds_of_an_async_reward_are_its_own():
+    busy = named("busy", lambda completions: time.sleep(0.6) or [2.0] * 4)
+    seconds = run(sleeper("a", 0.1), busy).seconds
+    assert 0.09 < seconds["a"] < 0.6 < seconds["busy"]
 
 
 def test_async_classes_and_functions_that_return_awaitables():
     bonus = {"name": f"{FILE}:AsyncBonus", "options": {"amount": 2}}
-    wrapped = named("wrapped", lambda completions: sleeper("x", 0.01)(completions))
+    inner = sleeper("inner", 0.01)
+
+    def wrapped(completions):
+        return inner(completions)
+
     scores = run(bonus, wrapped)
     assert values(scores, "AsyncBonus") == [2.0] * 4
     assert values(scores, "wrapped") == [1.0] * 4
@@ -422,33 +439,38 @@ def test_async_failures_and_limits():
 
     scores = run(fails, sleeps, failure="drop", timeout_s=0.2)
     assert scores.dropped.tolist() == [False, True, True, False]
-    with pytest.raises(RewardError, match="'sleeps' failed on sample 1 .*took longer than 0.2 s"):
+    with pytest.raises(RewardError, match=r"'sleeps' failed on sample 1 .*took longer than 0.2 s"):
         run(sleeps, timeout_s=0.2)
 
 
 def test_async_samples_are_retried_side_by_side():
+    """Each retry waits until all of them have started."""
+    started, all_started = [], asyncio.Event()
+
     async def reward(completions):
-        await asyncio.sleep(0.2)
+        if len(completions) > 1:
+            raise_error()
+        started.append(completions[0])
+        if len(started) == 20:
+            all_started.set()
+        await asyncio.wait_for(all_started.wait(), 10)
         return [raise_error() if c == "c0" else 1.0 for c in completions]
 
-    start = time.perf_counter()
-    scores = run(reward, samples=texts(20), failure="drop")
-    assert time.perf_counter() - start < 1.0
-    assert scores.dropped.sum() == 1
+    assert run(reward, samples=texts(20), failure="drop").dropped.sum() == 1
 
 
 def test_an_async_reward_that_blocks_its_loop_is_given_up(monkeypatch):
     monkeypatch.setattr("mmgrpo.scoring.call.GRACE_S", 0.1)
 
     async def blocks(completions):
-        time.sleep(2)  # noqa: ASYNC251
+        time.sleep(6)
         return [1.0] * len(completions)
 
     runner = RewardRunner(load_rewards([blocks]), timeout_s=0.1)
     start = time.perf_counter()
     with pytest.raises(RewardError, match="took longer"):
         runner.score(texts(1), step=0)
-    assert time.perf_counter() - start < 1.5
+    assert time.perf_counter() - start < 5
 
 
 # -- set-up --------------------------------------------------------------------------------------

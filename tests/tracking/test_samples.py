@@ -227,3 +227,4 @@ def test_ticks_are_few_and_enclose_the_data(low, span, count):
     assert marks[0] <= low + tolerance
     assert marks[-1] >= high - tolerance
     assert marks == sorted(set(marks))
+    assert len({f"{mark:g}" for mark in marks}) == len(marks)

@@ -1,0 +1,76 @@
+"""How a rollout is cut: into rounds, minibatches and micro-batches. No cut changes the result.
+
+Groups are numbered in the order in which the whole run draws them, whatever the number of ranks
+(see :func:`mmgrpo.trainer.step.sample`), and every choice between groups is made from their
+numbers. So N ranks make the choice that one would make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmgrpo.core.collective import Collective
+from mmgrpo.core.trajectories import Trajectories
+from mmgrpo.trainer.parts import Collected
+
+
+def choose_groups(
+    collected: Collected, spread: Tensor, count: int, collective: Collective
+) -> Collected:
+    """Keep ``count`` groups over all ranks: those with spread first, in the order of the draw.
+
+    Args:
+        collected: everything that was sampled.
+        spread: ``[B]`` bool, whether the sample's group has spread in its reward.
+        count: groups to keep.
+        collective: reaches the other ranks.
+    """
+    trajectories = collected.trajectories
+    later = int(collective.gather(trajectories.group).max()) + 1
+    place = torch.where(spread, trajectories.group, trajectories.group + later)
+    kept = torch.unique(collective.gather(place))[:count]
+    rows = torch.isin(place, kept).nonzero().squeeze(1)
+    if len(rows) == 0:  # every rank has to take part in what follows
+        rows = torch.zeros_like(trajectories.group[:1])
+        rewards = {n: torch.full_like(r, torch.nan) for n, r in trajectories.rewards.items()}
+        off = torch.zeros_like(trajectories.mask)
+        trajectories = trajectories.replace(mask=off, rewards=rewards)
+    return Collected(trajectories.select(rows), [collected.samples[i] for i in rows.tolist()])
+
+
+def minibatches(group: Tensor, count: int, seed: int, collective: Collective) -> list[Tensor]:
+    """Deal the groups of all ranks into ``count`` minibatches.
+
+    Of ``count`` successive groups each goes to another minibatch, so that the ranks, which hold
+    successive groups, get equal shares.
+
+    Returns:
+        The rows of this rank in each minibatch, in order; some may be empty.
+    """
+    ids = torch.unique(collective.gather(torch.unique(group)))
+    rounds = -(-len(ids) // count)
+    generator = torch.Generator().manual_seed(seed)
+    deal = torch.rand(rounds, count, generator=generator).argsort(dim=1).flatten()
+    part = deal.to(group.device)[torch.searchsorted(ids, group)]
+    return [(part == i).nonzero().squeeze(1) for i in range(count)]
+
+
+def micro_batches(trajectories: Trajectories, size: int | None) -> Sequence[Tensor]:
+    """Return the rows, cut into pieces of at most ``size`` (None: one piece)."""
+    rows = torch.arange(len(trajectories), device=trajectories.group.device)
+    return rows.split(size or len(rows))
+
+
+def trained(trajectories: Trajectories, rows: Tensor) -> Trajectories:
+    """Select those of ``rows`` that have decisions to train, or a row without any if none has.
+
+    A row that is not trained costs nothing; but in a distributed update every rank takes part.
+    """
+    rows = rows[trajectories.mask[rows].any(dim=1)]
+    if len(rows):
+        return trajectories.select(rows)
+    blank = trajectories.select(torch.zeros_like(trajectories.group[:1]))
+    return blank.replace(mask=torch.zeros_like(blank.mask))
