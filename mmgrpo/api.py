@@ -10,14 +10,15 @@ from typing import Any
 from mmgrpo import build
 from mmgrpo.config import Config, load_config
 from mmgrpo.config.schema import MODALITIES
-from mmgrpo.data import read_prompts, rows_to_prompts
+from mmgrpo.data import rows_to_prompts
 from mmgrpo.errors import ConfigError, ModelError, nearest
 from mmgrpo.protocols import Policy, Prompt
 from mmgrpo.scoring import load_rewards
-from mmgrpo.trainer.run_folder import check_run_folder
 
 MEMORY = "<in memory>"
 """Stands in a configuration for an object that was passed in instead of a path."""
+DEFAULTS = {"steps": 100, "learning_rate": 1e-6}
+"""What a configuration has to say and a script may leave out."""
 SECTIONS = ("trainer", "rollout", "model", "data", "eval", "tracking")
 
 RewardLike = str | Callable[..., Any] | Mapping[str, Any]
@@ -35,7 +36,8 @@ class Trainer:
         method: a preset id, or a mapping with ``id`` and the slots to change.
         eval_data: held-out prompts.
         **options: any configuration key, by its own name (``steps=100``, ``group_size=8``,
-            ``learning_rate=1e-4``) or by section (``eval={"every": 10}``).
+            ``learning_rate=1e-4``, ``run_dir="runs/mine"``) or by section
+            (``eval={"every": 10}``). Without ``steps`` and ``learning_rate``: 100 and 1e-6.
 
     Raises:
         UsageError: something does not fit; raised before anything is written.
@@ -63,17 +65,18 @@ class Trainer:
             "model": {"path": str(policy) if folder else MEMORY},
             "data": {"train": _path(data), **({"eval": _path(eval_data)} if eval_data else {})},
             "rewards": [_spec(item) for item in rewards],
-            "trainer": {},
+            "trainer": dict(DEFAULTS),
         }
         place_options(document, options)
         self.config: Config = load_config(document)
-        check_run_folder(self.config)
+        named = zip(self.config.rewards, rewards, strict=True)
+        specs = [{**spec.model_dump(), "name": _function(r) or spec.name} for spec, r in named]
         self.parts = build.assemble(
             self.config,
-            policy=None if folder else policy,
+            policy=None if folder else policy,  # type: ignore[arg-type]
             prompts=self._prompts(data),
             eval_prompts=None if eval_data is None else self._prompts(eval_data),
-            rewards=load_rewards(rewards),
+            rewards=load_rewards(specs),
         )
 
     def train(self) -> dict[str, Any]:
@@ -136,11 +139,16 @@ def _path(data: Any) -> str:
     return str(data) if isinstance(data, str | Path) else MEMORY
 
 
-def _spec(reward: RewardLike) -> Any:
-    if isinstance(reward, str):
-        return {"name": reward}
-    return dict(reward) if isinstance(reward, Mapping) else {"name": _name(reward)}
+def _function(reward: RewardLike) -> Callable[..., Any] | None:
+    """The reward's function, where it was given as one."""
+    name = reward.get("name") if isinstance(reward, Mapping) else reward
+    return name if callable(name) else None
 
 
-def _name(reward: Any) -> str:
-    return str(getattr(reward, "__name__", type(reward).__name__))
+def _spec(reward: RewardLike) -> dict[str, Any]:
+    """The reward as a configuration has it: a function is represented by its name."""
+    spec = dict(reward) if isinstance(reward, Mapping) else {"name": reward}
+    function = _function(reward)
+    if function is not None:
+        spec["name"] = str(getattr(function, "__name__", type(function).__name__))
+    return spec

@@ -5,58 +5,59 @@ Everything that can be wrong is looked at before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from mmgrpo.config import Config, dump_config
 from mmgrpo.config.schema import ImageConfig, Reward, TextConfig
 from mmgrpo.core.collective import LOCAL
 from mmgrpo.data import PromptSource, check_columns, read_prompts
-from mmgrpo.errors import ConfigError, DataError, MethodError, ModelError
+from mmgrpo.errors import ConfigError, ModelError
 from mmgrpo.methods import Method, load_method
 from mmgrpo.methods.components import with_default
+from mmgrpo.plan import (
+    REFERENCE_NEEDS,
+    check_method,
+    check_prompts,
+    check_reference,
+    check_trackers,
+    describe,
+)
 from mmgrpo.policies.adapters import Ema, trainable_parameters
-from mmgrpo.plan import describe
 from mmgrpo.protocols import Policy, Prompt, RolloutEngine, Tracker
 from mmgrpo.registry import load_target, resolve
-from mmgrpo.trainer.run_folder import check_run_folder, open_run_folder
 from mmgrpo.scoring import NamedReward, RewardRunner, check_modality, load_rewards
 from mmgrpo.tracking import Console, JsonlTracker, write_samples, write_summary
 from mmgrpo.trainer.distributed import EvaluationModule, make_collective
 from mmgrpo.trainer.evaluate import evaluate as run_evaluation
 from mmgrpo.trainer.loop import fit
-from mmgrpo.trainer.optim import make_optimizer
+from mmgrpo.trainer.optim import Optimizer
 from mmgrpo.trainer.parts import Evaluator, Parts
-
-REFERENCE_NEEDS = frozenset({"ref_log_prob", "ref_prediction"})
+from mmgrpo.trainer.quiet import silence
+from mmgrpo.trainer.run_folder import check_run_folder, open_run_folder
 
 
 def train(config: Config) -> dict[str, Any]:
     """Train, or resume, the run that ``config`` describes; return the last step's metrics."""
-    if config.trainer.threads is not None:
-        torch.set_num_threads(config.trainer.threads)
-    check_run_folder(config)
-    parts = assemble(config)
-    return run(parts, config)
+    return run(assemble(config), config)
 
 
 def run(parts: Parts, config: Config) -> dict[str, Any]:
     """Open the run folder, connect the trackers and loop."""
     run_dir = Path(config.run_dir)
-    main = parts.accelerator.is_main_process
-    if main:
+    parts.accelerator.wait_for_everyone()  # until every rank has checked its input
+    if parts.accelerator.is_main_process:
         open_run_folder(run_dir, dump_config(config))
-    parts.accelerator.wait_for_everyone()
-    if main:
-        parts.trackers = make_trackers(config, parts.accelerator)
-        parts.write_samples = partial(_write_samples, run_dir)
+        parts.trackers = make_trackers(config)
+        parts.write_samples = partial(write_samples, run_dir)
         parts.finish = write_summary
+    parts.accelerator.wait_for_everyone()
     try:
         return fit(parts, config)
     finally:
@@ -67,8 +68,9 @@ def run(parts: Parts, config: Config) -> dict[str, Any]:
 def evaluate(config: Config, checkpoint: str | Path) -> dict[str, float]:
     """Evaluate a checkpoint's weights on ``data.eval``; nothing is written."""
     method = make_method(config)
+    rewards = load_rewards(_specs(config.rewards))
     policy = load_policy(config, method, checkpoint)
-    evaluator = make_evaluator(config, policy, method, load_rewards(_specs(config.rewards)))
+    evaluator = make_evaluator(config, policy, method, rewards)
     if evaluator is None:
         raise ConfigError("data.eval is not set: evaluation needs held-out prompts.")
     return run_evaluation(evaluator, LOCAL, step=0)[0]
@@ -77,12 +79,13 @@ def evaluate(config: Config, checkpoint: str | Path) -> dict[str, float]:
 def sample(config: Config, checkpoint: str | Path, out: str | Path) -> Path:
     """Sample held-out (or training) prompts from a checkpoint; write transcripts or images."""
     method = make_method(config)
+    prompts = load_prompts(config, config.data.eval or config.data.train)[: config.eval.prompts]
+    rewards = load_rewards(_specs(config.rewards))
+    scorer = make_scorer(rewards, config, prompts)
     policy = load_policy(config, method, checkpoint)
     engine = ENGINES[config.modality](policy, config, method, "eval")
-    prompts = load_prompts(config, config.data.eval or config.data.train)[: config.eval.prompts]
     rollout = engine.generate(prompts, group_size=config.eval.samples, seed=config.eval.seed)
-    rewards = load_rewards(_specs(config.rewards))
-    scores = make_scorer(rewards, config, prompts).score(rollout.samples, step=0)
+    scores = scorer.score(rollout.samples, step=0)
     return write_samples(
         Path(out), 0, rollout.samples, rewards=scores.values, max_samples=len(rollout.samples)
     )
@@ -91,8 +94,9 @@ def sample(config: Config, checkpoint: str | Path, out: str | Path) -> Path:
 def plan(config: Config) -> str:
     """What the run would do and cost; nothing is loaded or written."""
     method = make_method(config)
-    check_method(method, config, 1)
+    check_method(method, config)
     check_run_folder(config)
+    check_trackers(config)
     judge = [config.eval.judge] if config.eval.judge else []
     for reward in load_rewards(_specs([*config.rewards, *judge])):
         check_modality(reward, config.modality)
@@ -102,56 +106,67 @@ def plan(config: Config) -> str:
 # -- parts --------------------------------------------------------------------------------------
 
 
-def assemble(config: Config, **given: Any) -> Parts:
-    """Build every part of a run.
+def assemble(
+    config: Config,
+    *,
+    policy: Policy | None = None,
+    prompts: list[Prompt] | None = None,
+    eval_prompts: list[Prompt] | None = None,
+    rewards: list[NamedReward] | None = None,
+) -> Parts:
+    """Build every part of a run that is not given, and check that they fit; write nothing.
 
-    Args:
-        config: the run.
-        **given: parts that exist already: ``policy``, ``prompts``, ``eval_prompts``, ``rewards``.
+    Raises:
+        UsageError: something does not fit.
     """
-    accelerator = Accelerator(mixed_precision="no")
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    accelerator = make_accelerator(config)
     collective = make_collective(accelerator)
     method = make_method(config)
     check_method(method, config, collective.size)
-    prompts = given.get("prompts") or load_prompts(config, config.data.train)
+    check_run_folder(config)
+    check_trackers(config)
+    prompts = load_prompts(config, config.data.train) if prompts is None else prompts
     prompts = prompts[: config.data.limit]
     check_prompts(prompts, config)
-    rewards = given.get("rewards") or load_rewards(_specs(config.rewards))
+    rewards = load_rewards(_specs(config.rewards)) if rewards is None else rewards
     scorer = make_scorer(rewards, config, prompts)
-    policy: Policy = given.get("policy") or make_policy(config, method)
+    policy = make_policy(config, method) if policy is None else policy
+    check_reference(policy, method)
     policy.network.to(accelerator.device)
-    method = bind_method(method, config, scorer)
-    evaluator = make_evaluator(
-        config, policy, method, rewards, given.get("eval_prompts")
-    )
     engine = ENGINES[config.modality](policy, config, method, "train")
     policy.check(prompts, room=engine.room)
     greedy = None
     if "baseline_reward" in method.needs:
         greedy = ENGINES[config.modality](policy, config, method, "greedy")
-    trainable = trainable_parameters(policy.network)
-    settings = config.trainer
-    optimizer = make_optimizer(
-        trainable.values(),
-        learning_rate=settings.learning_rate,
-        betas=(settings.betas[0], settings.betas[1]),
-        weight_decay=settings.weight_decay,
-    )
-    network = EvaluationModule(policy)
     return Parts(
         policy=policy,
-        method=method,
+        method=bind_method(method, config, scorer),
         engine=engine,
         scorer=scorer,
         prompts=PromptSource(prompts, seed=config.seed),
         accelerator=accelerator,
         collective=collective,
-        network=accelerator.prepare(network),
-        optimizer=optimizer,
+        network=accelerator.prepare(EvaluationModule(policy)),
+        optimizer=Optimizer(
+            trainable_parameters(policy.network),
+            betas=config.trainer.betas,
+            weight_decay=config.trainer.weight_decay,
+        ),
         greedy_engine=greedy,
-        evaluator=evaluator,
-        ema=None if settings.ema_decay is None else Ema(policy.network, settings.ema_decay),
+        evaluator=make_evaluator(config, policy, method, rewards, eval_prompts),
+        ema=None
+        if config.trainer.ema_decay is None
+        else Ema(policy.network, config.trainer.ema_decay),
     )
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """The processes and devices of the run; precision is the policy's own matter."""
+    idle = getattr(config.model, "train_vision", False)  # a rank may meet no image in a step
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=idle)
+    return Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
 
 
 def make_method(config: Config) -> Method:
@@ -168,45 +183,6 @@ def bind_method(method: Method, config: Config, scorer: Any) -> Method:
     )
 
 
-def check_method(method: Method, config: Config, world: int) -> None:
-    """Refuse a combination of method and run that makes no sense, in one sentence."""
-    if config.modality not in method.modalities:
-        raise MethodError(
-            f"method {method.id} does not fit modality '{config.modality}'; "
-            f"it fits {', '.join(method.modalities)}."
-        )
-    if "groups" in method.needs and config.rollout.group_size < 2:
-        raise MethodError(
-            f"method {method.id} compares the samples of a group, and rollout.group_size is "
-            f"{config.rollout.group_size}: every advantage would be 0; use at least 2."
-        )
-    updates = config.trainer.minibatches * config.trainer.epochs
-    if "on_policy" in method.needs and updates > 1:
-        raise MethodError(
-            f"method {method.id} has no importance ratio and takes one update per rollout; "
-            f"trainer.minibatches x trainer.epochs is {updates}, expected 1."
-        )
-    if method.needs & REFERENCE_NEEDS and config.model.reference == "none":
-        raise MethodError(
-            f"method {method.id} is held to a reference and model.reference is 'none'; use 'auto', "
-            "or switch the term off (regulariser.kl.coefficient=0, reward.kl=0)."
-        )
-    if config.rollout.prompts_per_step % world:
-        raise ConfigError(
-            f"rollout.prompts_per_step is {config.rollout.prompts_per_step} and does not divide "
-            f"among {world} processes; expected a multiple of {world}."
-        )
-
-
-def check_prompts(prompts: list[Prompt], config: Config) -> None:
-    """Refuse a step that wants more prompts than there are."""
-    if len(prompts) < config.rollout.prompts_per_step:
-        raise DataError(
-            f"{config.data.train}: {len(prompts)} rows, and rollout.prompts_per_step asks for "
-            f"{config.rollout.prompts_per_step} different prompts."
-        )
-
-
 def load_prompts(config: Config, path: str) -> list[Prompt]:
     """Read and validate a data file as the modality wants it."""
     return read_prompts(
@@ -217,9 +193,7 @@ def load_prompts(config: Config, path: str) -> list[Prompt]:
     )
 
 
-def make_scorer(
-    rewards: list[NamedReward], config: Config, prompts: list[Prompt]
-) -> RewardRunner:
+def make_scorer(rewards: list[NamedReward], config: Config, prompts: list[Prompt]) -> RewardRunner:
     """Check loaded rewards against the samples and the data's columns, and put them to work."""
     for reward in rewards:
         check_modality(reward, config.modality)
@@ -240,6 +214,7 @@ def make_policy(config: Config, method: Method, folder: str | None = None) -> Po
     """Load the model that trains, with the reference its method needs and no other."""
     needed = bool(method.needs & REFERENCE_NEEDS)
     reference = config.model.reference if needed else "none"
+    silence(LIBRARIES[config.modality])
     return POLICIES[config.modality](config, folder or config.model.path, reference)
 
 
@@ -249,10 +224,10 @@ def load_policy(config: Config, method: Method, checkpoint: str | Path) -> Polic
     folder = folder / "hf" if (folder / "hf").is_dir() else folder
     if not folder.is_dir():
         raise ModelError(f"no checkpoint at {checkpoint}; expected checkpoints/step_NNNNNN.")
-    if config.model.lora is None:
-        return make_policy(config, method, str(folder))
-    policy = make_policy(config, method)
-    policy.load_export(folder)
+    policy = make_policy(config, method, None if config.model.lora else str(folder))
+    if config.model.lora is not None:
+        policy.load_export(folder)
+    policy.network.to(Accelerator(mixed_precision="no").device)
     return policy
 
 
@@ -283,25 +258,20 @@ def make_evaluator(
         limit=config.eval.prompts,
         seed=config.eval.seed,
         judge=list(scorer.weights)[-1 if judge is not None else 0],
+        batch=config.rollout.prompts_per_step * config.rollout.group_size,
     )
 
 
-def make_trackers(config: Config, accelerator: Accelerator) -> list[Tracker]:
+def make_trackers(config: Config) -> list[Tracker]:
     """metrics.jsonl and the console, then what the configuration names."""
     run_dir = Path(config.run_dir)
     trackers: list[Tracker] = [
         JsonlTracker(run_dir / "metrics.jsonl"),
         Console(config.trainer.steps),
     ]
-    for name in config.tracking.trackers:
-        trackers.append(resolve("tracker", name)(run_dir, config.model_dump()))
-    return trackers
-
-
-def _write_samples(
-    run_dir: Path, step: int, samples: Any, rewards: Any, advantage: Any, kind: str
-) -> None:
-    write_samples(run_dir, step, samples, rewards=rewards, advantage=advantage, kind=kind)
+    settings = config.model_dump()
+    external = [resolve("tracker", name) for name in config.tracking.trackers]
+    return [*trackers, *(start(run_dir, settings) for start in external)]
 
 
 # -- what differs by modality: constructors and names of settings -------------------------------
@@ -311,8 +281,9 @@ def _lora(config: Config) -> dict[str, Any] | None:
     return None if config.model.lora is None else config.model.lora.model_dump()
 
 
-def _token_policy(target: str, config: TextConfig, folder: str, reference: str) -> Policy:
-    options = {"train_vision": config.model.train_vision} if config.modality == "vision" else {}
+def _token_policy(
+    target: str, own: Sequence[str], config: TextConfig, folder: str, reference: str
+) -> Policy:
     policy: Policy = load_target(target)(
         folder,
         lora=_lora(config),
@@ -321,7 +292,8 @@ def _token_policy(target: str, config: TextConfig, folder: str, reference: str) 
         gradient_checkpointing=config.model.gradient_checkpointing,
         attention=config.model.attention,
         max_prompt_tokens=config.model.max_prompt_tokens,
-        **options,
+        seed=config.seed,
+        **{name: getattr(config.model, name) for name in own},
     )
     return policy
 
@@ -334,11 +306,13 @@ def _flow_policy(config: ImageConfig, folder: str, reference: str) -> Policy:
         dtype=config.model.dtype,
         gradient_checkpointing=config.model.gradient_checkpointing,
         guidance_scale=config.rollout.guidance_scale,
+        seed=config.seed,
     )
     return policy
 
 
 def _token_engine(policy: Policy, config: TextConfig, method: Method, mode: str) -> RolloutEngine:
+    del method  # fixes only the rollout of flows
     rollout = config.rollout
     by_mode: dict[str, dict[str, Any]] = {
         "train": {
@@ -384,14 +358,21 @@ def _flow_engine(policy: Policy, config: ImageConfig, method: Method, mode: str)
 
 
 POLICIES: Mapping[str, Callable[..., Policy]] = {
-    "text": partial(_token_policy, "mmgrpo.policies.autoregressive:AutoregressivePolicy"),
-    "vision": partial(_token_policy, "mmgrpo.policies.multimodal:VisionLanguagePolicy"),
+    "text": partial(_token_policy, "mmgrpo.policies.autoregressive:AutoregressivePolicy", ()),
+    "vision": partial(
+        _token_policy, "mmgrpo.policies.multimodal:VisionLanguagePolicy", ("train_vision",)
+    ),
     "image": _flow_policy,
 }
 ENGINES: Mapping[str, Callable[..., RolloutEngine]] = {
     "text": _token_engine,
     "vision": _token_engine,
     "image": _flow_engine,
+}
+LIBRARIES: Mapping[str, tuple[str, ...]] = {
+    "text": ("transformers",),
+    "vision": ("transformers",),
+    "image": ("transformers", "diffusers"),
 }
 LENGTH_LIMITS: Mapping[str, Callable[[Any], int]] = {
     "text": lambda config: config.rollout.max_new_tokens,

@@ -1,12 +1,113 @@
-"""``train --dry-run``: what a run would do and cost, without loading weights or writing."""
+"""What a run would do: whether it makes sense, what it needs and what it would cost."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mmgrpo.config import Config
+from mmgrpo.errors import ConfigError, DataError, MethodError, MissingExtraError
 from mmgrpo.methods import Method
+from mmgrpo.protocols import Policy, Prompt
+from mmgrpo.registry import resolve
+
+REFERENCE_NEEDS = frozenset({"ref_log_prob", "ref_prediction"})
+
+
+def check_method(method: Method, config: Config, world: int = 1) -> None:
+    """Refuse a combination of method and run that makes no sense, in one sentence.
+
+    Args:
+        method: the method.
+        config: the run.
+        world: number of processes.
+
+    Raises:
+        MethodError: the method does not fit the modality, the group size, the number of updates
+            per rollout or the absence of a reference.
+        ConfigError: the prompts of a step cannot be divided.
+    """
+    settings, group_size = config.trainer, config.rollout.group_size
+    if config.modality not in method.modalities:
+        raise MethodError(
+            f"method {method.id} does not fit modality '{config.modality}'; "
+            f"it fits {', '.join(method.modalities)}."
+        )
+    if "groups" in method.needs and group_size < 2:
+        raise MethodError(
+            f"method {method.id} compares the samples of a group, and rollout.group_size is "
+            f"{group_size}: every advantage would be 0; use at least 2."
+        )
+    updates = settings.minibatches * settings.epochs
+    if "on_policy" in method.needs and updates > 1:
+        raise MethodError(
+            f"method {method.id} has no importance ratio and takes one update per rollout; "
+            f"trainer.minibatches x trainer.epochs is {updates}, expected 1."
+        )
+    if "one_epoch" in method.needs and settings.epochs > 1:
+        raise MethodError(
+            f"method {method.id} has no importance ratio and passes over a rollout once; "
+            f"trainer.epochs is {settings.epochs}, expected 1."
+        )
+    if method.needs & REFERENCE_NEEDS and config.model.reference == "none":
+        raise MethodError(
+            f"method {method.id} is held to a reference and model.reference is 'none'; use 'auto', "
+            "or switch the term off (regulariser.kl.coefficient=0, reward.kl=0)."
+        )
+    _check_division(config, world)
+
+
+def _check_division(config: Config, world: int) -> None:
+    size, minibatches = config.rollout.prompts_per_step, config.trainer.minibatches
+    if size % world:
+        raise ConfigError(
+            f"rollout.prompts_per_step is {size} and does not divide among {world} processes; "
+            f"expected a multiple of {world}."
+        )
+    if minibatches > size:
+        raise ConfigError(
+            f"trainer.minibatches is {minibatches} and rollout.prompts_per_step {size}: "
+            "a minibatch holds whole groups, so there can be at most one per prompt."
+        )
+
+
+def check_prompts(prompts: list[Prompt], config: Config) -> None:
+    """Refuse a step that wants more prompts than there are.
+
+    Raises:
+        DataError: names the data and both numbers.
+    """
+    if len(prompts) < config.rollout.prompts_per_step:
+        raise DataError(
+            f"{config.data.train}: {len(prompts)} rows, and rollout.prompts_per_step asks for "
+            f"{config.rollout.prompts_per_step} different prompts."
+        )
+
+
+def check_trackers(config: Config) -> None:
+    """Refuse a tracker that does not exist or is not installed.
+
+    Raises:
+        UsageError: which one.
+    """
+    for name in config.tracking.trackers:
+        resolve("tracker", name)
+        if find_spec(name) is None:  # a tracker is named after its package
+            raise MissingExtraError(name, "tracking")
+
+
+def check_reference(policy: Policy, method: Method) -> None:
+    """Refuse a policy that was made without the reference its method needs.
+
+    Raises:
+        MethodError: says how to get one.
+    """
+    if method.needs & REFERENCE_NEEDS and not policy.has_reference:
+        raise MethodError(
+            f"method {method.id} is held to a reference and the policy has none; make it with "
+            "reference='auto', or switch the term off (regulariser.kl.coefficient=0, reward.kl=0)."
+        )
 
 
 def describe(config: Config, method: Method) -> str:
@@ -28,20 +129,18 @@ def cost(config: Config, method: Method) -> dict[str, str]:
     samples = rollout.group_size * rollout.prompts_per_step
     decisions = samples * decisions_per_sample(config)
     updates = settings.epochs * settings.minibatches
-    micro = settings.micro_batch_size or samples // settings.minibatches or 1
-    backwards = settings.epochs * -(-samples // micro)
+    batch = -(-rollout.prompts_per_step // settings.minibatches) * rollout.group_size
+    micro = min(settings.micro_batch_size or batch, batch)
+    backwards = updates * -(-batch // micro)
     rounds = method.sampler.max_rounds if method.sampler.valid_fraction else 1
-    evaluations = 0
-    if config.data.eval is not None:
-        evaluations = 2 if config.eval.every is None else 1 + -(-settings.steps // config.eval.every)
     return {
         "per step": f"{samples} samples ({rollout.prompts_per_step} prompts x "
         f"{rollout.group_size}), at most {decisions:,} decisions"
         + (f", up to {rounds} rounds of sampling" if rounds > 1 else ""),
         "update": f"{updates} optimiser step(s), {backwards} backward pass(es) of at most "
-        f"{micro} samples" + (", and a reference pass" if _reference(method) else ""),
+        f"{micro} samples" + (", and a reference pass" if method.needs & REFERENCE_NEEDS else ""),
         "total": f"{settings.steps} steps, {settings.steps * samples:,} samples, at most "
-        f"{settings.steps * decisions:,} decisions, {evaluations} evaluation(s)",
+        f"{settings.steps * decisions:,} decisions, {evaluations(config)} evaluation(s)",
         "weights": weights(config),
     }
 
@@ -50,6 +149,13 @@ def decisions_per_sample(config: Config) -> int:
     """Tokens, or denoising steps, of one sample at most."""
     rollout: Any = config.rollout
     return int(getattr(rollout, "max_new_tokens", None) or rollout.num_steps)
+
+
+def evaluations(config: Config) -> int:
+    """How often the held-out prompts are sampled: before the first step, at times, at the end."""
+    if config.data.eval is None:
+        return 0
+    return 1 + -(-config.trainer.steps // (config.eval.every or config.trainer.steps))
 
 
 def weights(config: Config) -> str:
@@ -65,7 +171,3 @@ def missing_files(config: Config) -> list[str]:
     """Data files of the configuration that do not exist."""
     wanted = [config.data.train, *([config.data.eval] if config.data.eval else [])]
     return [path for path in wanted if not Path(path).exists()]
-
-
-def _reference(method: Method) -> bool:
-    return bool(method.needs & {"ref_log_prob", "ref_prediction"})

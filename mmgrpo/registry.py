@@ -81,7 +81,13 @@ COMPONENTS: dict[str, dict[str, str]] = {
 }
 """Method components: slot -> name -> target."""
 
-TRACKERS: dict[str, str] = {}
+_EXTERNAL = "mmgrpo.tracking.external:"
+
+TRACKERS: dict[str, str] = {
+    "tensorboard": _EXTERNAL + "tensorboard",
+    "trackio": _EXTERNAL + "trackio",
+    "wandb": _EXTERNAL + "wandb",
+}
 """Trackers: name -> target."""
 
 KINDS: Mapping[str, Mapping[str, str]] = {"tracker": TRACKERS}

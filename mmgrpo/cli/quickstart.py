@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TASKS = ("text", "vision", "image")
 SUCCESS = "eval/success"
-PICTURES = (".png", ".jpg", ".svg", ".html")
+PICTURES = ("before_after.*", "curve.svg")
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,12 @@ def read_metric(run_dir: Path, name: str) -> list[float]:
 
 
 def find_pictures(run_dir: Path) -> list[Path]:
-    """The pictures that a run left, sorted."""
-    files = (*run_dir.glob("*"), *(run_dir / "samples").glob("**/*"))
-    return sorted(file for file in files if file.suffix in PICTURES)
+    """What a finished run shows: samples before and after, and its curve."""
+    return [file for pattern in PICTURES for file in sorted(run_dir.glob(pattern))]
 
 
 def show(outcomes: list[Outcome]) -> None:
-    """Print the table, and the first and last picture of each run under it."""
+    """Print the table, and the pictures of each run under it."""
     from rich.console import Console
     from rich.table import Table
 
@@ -85,6 +84,5 @@ def show(outcomes: list[Outcome]) -> None:
     console = Console()
     console.print(table)
     for outcome in outcomes:
-        pictures = find_pictures(outcome.run_dir)
-        for picture in dict.fromkeys((*pictures[:1], *pictures[-1:])):
+        for picture in find_pictures(outcome.run_dir):
             console.print(f"picture: {picture}", soft_wrap=True, highlight=False)

@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 FREE_KEYS = (
-    "run_dir", "resume", "tracking", "trainer.steps", "trainer.save_every",
-    "trainer.keep_checkpoints", "trainer.threads",
+    "run_dir", "resume", "tracking", "reward_failure", "reward_timeout_s",
+    "model.gradient_checkpointing", "trainer.steps", "trainer.save_every",
+    "trainer.keep_checkpoints", "trainer.micro_batch_size", "trainer.threads",
 )  # fmt: skip
-"""Keys that may change between a run and the run that resumes it."""
+"""Keys that may change between a run and the run that resumes it.
+
+They do not change what is computed, but for its length and its rounding; or they are what someone
+has to change to get past an error.
+"""
 
 
 def first_difference(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:

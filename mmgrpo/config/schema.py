@@ -259,7 +259,7 @@ class ImageEval(Eval):
 class Tracking(Section):
     """Where metrics go beside metrics.jsonl."""
 
-    trackers: list[str] = []
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
     samples_every: PositiveInt | None = None
     """Steps between transcripts or image grids; null: at evaluations."""
 

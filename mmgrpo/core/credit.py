@@ -21,11 +21,10 @@ def reward_to_go(advantage: Tensor, trajectories: Trajectories, *, gamma: float 
     masked-in decisions (REINFORCE++, arXiv:2501.03262).
     """
     mask = trajectories.mask
-    later = mask.long().flip(1).cumsum(1).flip(1)
-    steps = advantage[:, None] * (mask & (later == 1))
+    remaining = mask.long().flip(1).cumsum(1).flip(1)
+    steps = advantage[:, None] * (remaining == 1)
     if trajectories.step_reward is not None:
-        earned = trajectories.step_reward.to(advantage.dtype)
-        steps = steps + torch.where(mask, earned, torch.zeros_like(earned))
+        steps = steps + trajectories.step_reward.to(advantage.dtype)
     returns = torch.zeros_like(steps)
     running = torch.zeros_like(advantage)
     for t in reversed(range(mask.shape[1])):

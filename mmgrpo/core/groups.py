@@ -72,6 +72,5 @@ def uniform_groups(x: Tensor, group: Tensor, *, rtol: float = DEGENERATE_RTOL) -
     low = x.new_full((count,), torch.inf)
     high = high.scatter_reduce(0, index, torch.where(x.isnan(), high[index], x), "amax")
     low = low.scatter_reduce(0, index, torch.where(x.isnan(), low[index], x), "amin")
-    empty = high < low
-    uniform = empty | (high - low <= rtol * torch.maximum(high.abs(), low.abs()))
+    uniform = high - low <= rtol * torch.maximum(high.abs(), low.abs())
     return uniform[index]

@@ -80,11 +80,16 @@ def compute_loss(
         "policy/approximate_kl": divergence.k3(old, log_prob),
     }
     share = weight / total.decisions
-    means = {name: float((x.detach() * share).sum()) for name, x in metrics.items()}
+    sums = {name: (x.detach() * share).sum() for name, x in metrics.items()}
+    largest = per_decision.detach().abs().max() if mask.numel() else value.new_zeros(())
+    # One transfer from the device for all numbers.
+    *means, loss_value, largest_value = torch.stack(
+        [*sums.values(), value.detach(), largest]
+    ).tolist()
     return LossOutput(
         loss=value,
-        metrics={"loss": float(value.detach()), **means},
-        max_log_ratio=float(per_decision.detach().abs().max()) if mask.numel() else 0.0,
+        metrics={"loss": loss_value, **dict(zip(sums, means, strict=True))},
+        max_log_ratio=largest_value,
     )
 
 

@@ -1,22 +1,21 @@
 """Digit classifiers that score drawn numbers: one is the reward, the other the held-out judge.
 
-Both are ordinary ``transformers`` image-classification folders, so a reward that loads
-``AutoModelForImageClassification`` and ``AutoImageProcessor`` needs to know nothing about this file.
+Both are ordinary ``transformers`` image-classification folders: a reward that loads
+``AutoModelForImageClassification`` and ``AutoImageProcessor`` needs nothing from this file.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import ResNetConfig, ResNetForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from mmgrpo.playground.digits import load_digits
+from mmgrpo.playground.digits import Split, load_digits
 
 DIGIT_SIZE = 8
 INPUT_SIZE = 32  # a ResNet stem divides the resolution by four
@@ -76,7 +75,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_classifier(
-    split: Literal["train", "judge", "eval"],
+    split: Split,
     *,
     seed: int,
     steps: int = 400,
@@ -126,7 +125,7 @@ def save_classifier(model: ResNetForImageClassification, folder: str | Path) -> 
 
 
 @torch.no_grad()
-def digit_accuracy(model: ResNetForImageClassification, split: Literal["train", "judge", "eval"]) -> float:
+def digit_accuracy(model: ResNetForImageClassification, split: Split) -> float:
     """Returns the share of a split's digits that the classifier names correctly."""
     pixels, labels = load_digits(split)
     predicted = model(pixel_values=prepare(to_rgb(pixels))).logits.argmax(-1)

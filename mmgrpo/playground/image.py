@@ -1,54 +1,39 @@
 """The image task: draw a two-digit number in handwritten digits, asked for as "the number 42".
 
 ``build_image`` writes an ordinary ``StableDiffusion3Pipeline`` folder of half a million weights,
-two digit classifiers (a reward and a held-out judge) and the prompts. The base model is half-trained
-on purpose: part of the pictures it learned from showed other digits than their prompt said, so what
-it draws are digits, but often the wrong ones. The right ones are always among its samples, which is
-what reinforcement learning needs.
+two digit classifiers (a reward and a held-out judge) and the prompts. The base model is half-
+trained on purpose: part of the pictures it learned from showed other digits than their prompt said,
+so what it draws are digits, but often the wrong ones. The right ones are among its samples, which
+is what reinforcement learning needs.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from mmgrpo.playground.classifier import (
-    DIGIT_SIZE,
-    digit_accuracy,
-    save_classifier,
-    to_rgb,
-    train_classifier,
-)
+from mmgrpo.playground.classifier import digit_accuracy, save_classifier, train_classifier
 from mmgrpo.playground.digits import load_digits
-from mmgrpo.playground.tiny_vae import copying_vae
+from mmgrpo.playground.image_model import (
+    DEFAULT_T5_TOKENS,
+    SCALING_FACTOR,
+    SHIFT_FACTOR,
+    build_pipeline,
+    encode_prompts,
+)
 
 Progress = Callable[[str], None]
 
-NUM_DIGITS = 2
-HEIGHT, WIDTH = DIGIT_SIZE, DIGIT_SIZE * NUM_DIGITS
-# Start, "the", "number", two digits, end, and two of padding.
-MAX_TEXT_TOKENS = 8
-TEXT_WIDTH = 32
-# Zero tokens that StableDiffusion3Pipeline appends by default in place of a third text encoder.
-DEFAULT_PADDING = 256
-# Mean and inverse standard deviation of the training digits in [-1, 1]: latents are standardised.
-SHIFT_FACTOR, SCALING_FACTOR = -0.389, 1.329
-_EMPTY_PROMPT = 10**NUM_DIGITS
+NUM_NUMBERS = 100
+_EMPTY_PROMPT = NUM_NUMBERS  # index of the empty prompt in ``all_prompts``
 
 
 @dataclass(frozen=True)
@@ -62,9 +47,8 @@ class Pretraining:
         wrong_digit_rate: Probability that a digit's picture is drawn from a random class.
         empty_prompt_rate: Probability of an empty prompt, so that guidance has something to
             contrast with.
-        padded_every: Every so many steps a quarter of the batch is trained with the zero tokens that
-            a pipeline without a third text encoder appends unless told otherwise; a model that
-            never met them would be drowned in them.
+        padded_every: Every so many steps a quarter of the batch is trained with the 256 zero
+            tokens of a default pipeline call; a model that never met them is drowned in them.
         ema_decay: Decay of the weight average that is saved.
     """
 
@@ -78,8 +62,8 @@ class Pretraining:
 
 
 def prompt_row(number: int) -> dict[str, object]:
-    """Returns the data row of one number: its prompt, its digits as labels, and its digits as text."""
-    answer = f"{number:0{NUM_DIGITS}d}"
+    """Returns the data row of a number: its prompt, and its digits as labels and as text."""
+    answer = f"{number:02d}"
     return {
         "prompt": f"the number {answer}",
         "labels": [int(digit) for digit in answer],
@@ -98,102 +82,7 @@ def is_held_out(number: int) -> bool:
 
 def all_prompts() -> list[str]:
     """Returns the prompts of 00 ... 99 in order, and the empty prompt last."""
-    return [str(prompt_row(number)["prompt"]) for number in range(10**NUM_DIGITS)] + [""]
-
-
-def build_tokenizer() -> CLIPTokenizer:
-    """Builds a CLIP tokenizer that knows letters, digits and the two words of the prompts."""
-    merges: list[tuple[str, str]] = []
-    for word in ("the", "number"):
-        pieces = [*word[:-1], f"{word[-1]}</w>"]
-        merges += [("".join(pieces[:end]), pieces[end]) for end in range(1, len(pieces))]
-    symbols = [*string.ascii_lowercase, *string.digits]
-    tokens = symbols + [f"{symbol}</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TEXT_TOKENS)
-
-
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    """Builds a random, frozen one-layer CLIP text encoder.
-
-    The pipeline reads the states before the last layer, here token plus position embeddings. At
-    unit scale these tell every digit at every place apart, so the encoder need not be trained.
-    """
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=MAX_TEXT_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    encoder = CLIPTextModelWithProjection(config)
-    for table in encoder.modules():
-        if isinstance(table, torch.nn.Embedding):
-            torch.nn.init.normal_(table.weight)
-    return encoder.requires_grad_(False).eval()
-
-
-def build_pipeline(seed: int) -> StableDiffusion3Pipeline:
-    """Builds the untrained pipeline; its third text encoder is left out.
-
-    Args:
-        seed: Fixes the text encoders and the initial weights.
-
-    Returns:
-        A pipeline whose latents are ``[B, 1, 8, 16]``.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokenizer = build_tokenizer()
-        text_encoders = [build_text_encoder(tokenizer) for _ in range(2)]
-        transformer = SD3Transformer2DModel(
-            sample_size=WIDTH,
-            patch_size=2,
-            in_channels=1,
-            out_channels=1,
-            num_layers=3,
-            attention_head_dim=16,
-            num_attention_heads=4,
-            joint_attention_dim=2 * TEXT_WIDTH,
-            caption_projection_dim=64,
-            pooled_projection_dim=2 * TEXT_WIDTH,
-            pos_embed_max_size=WIDTH // 2,
-            qk_norm="rms_norm",
-        )
-    return StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=copying_vae(SCALING_FACTOR, SHIFT_FACTOR),
-        text_encoder=text_encoders[0],
-        tokenizer=tokenizer,
-        text_encoder_2=text_encoders[1],
-        tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
-
-
-@torch.no_grad()
-def encode_prompts(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Encodes prompts without the tokens of the absent third encoder.
-
-    Returns:
-        Token states ``[B, 8, 64]`` and pooled states ``[B, 64]``.
-    """
-    states, _, pooled, _ = pipeline.encode_prompt(
-        prompt=prompts,
-        prompt_2=None,
-        prompt_3=None,
-        do_classifier_free_guidance=False,
-        max_sequence_length=0,
-    )
-    return states, pooled
+    return [str(prompt_row(number)["prompt"]) for number in range(NUM_NUMBERS)] + [""]
 
 
 class DigitBook:
@@ -215,7 +104,7 @@ class DigitBook:
 
         Args:
             numbers: int64 ``[B]`` in 0 ... 99.
-            wrong_digit_rate: Probability, for each digit, of a random class instead of the right one.
+            wrong_digit_rate: Probability that a digit is of a random class.
             generator: Source of all randomness.
 
         Returns:
@@ -297,7 +186,7 @@ def pretrain(
         clean = (canvases - SHIFT_FACTOR) * SCALING_FACTOR
         empty = torch.rand(len(numbers), generator=generator) < settings.empty_prompt_rate
         prompts = numbers.masked_fill(empty, _EMPTY_PROMPT)
-        tokens = F.pad(states[prompts], (0, 0, 0, DEFAULT_PADDING if padded else 0))
+        tokens = F.pad(states[prompts], (0, 0, 0, DEFAULT_T5_TOKENS if padded else 0))
         loss = flow_matching_loss(transformer, clean, tokens, pooled[prompts], generator)
         optimizer.zero_grad()
         loss.backward()
@@ -309,3 +198,47 @@ def pretrain(
             progress(f"image model: step {step + 1}/{settings.steps}, loss {loss.item():.3f}")
     transformer.load_state_dict(average.module.state_dict())
     transformer.eval()
+
+
+def write_rows(path: Path, numbers: Iterable[int]) -> None:
+    """Writes one JSON line per number."""
+    lines = [json.dumps(prompt_row(number)) for number in numbers]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def build_image(
+    out_dir: str | Path,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    pretraining: Pretraining | None = None,
+    classifier_steps: int = 400,
+) -> None:
+    """Builds the image task: model, reward and judge classifiers, and prompts.
+
+    Writes ``model/``, ``reward_classifier/``, ``judge_classifier/``, ``train.jsonl`` (80 numbers)
+    and ``eval.jsonl`` (the 20 held out of reinforcement learning; pre-training saw all). The
+    classifiers learn from disjoint digits, so that a drawing that merely fools the reward does not
+    also convince the judge.
+
+    Args:
+        out_dir: The folder to write; made if missing.
+        seed: Fixes weights, batches and augmentation.
+        progress: Receives lines of text.
+        pretraining: How far to train the model; the default takes one or two minutes.
+        classifier_steps: Optimiser steps of each classifier.
+    """
+    report = progress or (lambda _: None)
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows(out / "train.jsonl", (n for n in range(NUM_NUMBERS) if not is_held_out(n)))
+    write_rows(out / "eval.jsonl", (n for n in range(NUM_NUMBERS) if is_held_out(n)))
+    for role, split, offset in (("reward", "train", 0), ("judge", "judge", 1)):
+        classifier = train_classifier(split, seed=seed + offset, steps=classifier_steps)
+        save_classifier(classifier, out / f"{role}_classifier")
+        accuracy = digit_accuracy(classifier, "eval")
+        report(f"{role} classifier: {accuracy:.3f} of unseen digits right")
+    pipeline = build_pipeline(seed)
+    pretrain(pipeline, pretraining or Pretraining(), seed=seed, progress=progress)
+    pipeline.save_pretrained(out / "model")
+    report(f"image task written to {out}")

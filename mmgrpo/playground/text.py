@@ -23,8 +23,14 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from .sft import Progress, pad_demonstrations, save_model_folder, supervise, write_jsonl
-from .tokenizer import build_tokenizer
+from mmgrpo.playground.sft import (
+    Progress,
+    pad_demonstrations,
+    save_model_folder,
+    supervise,
+    write_jsonl,
+)
+from mmgrpo.playground.tokenizer import build_tokenizer
 
 NUM_TRAIN = 4096
 NUM_EVAL = 256

@@ -76,7 +76,7 @@ def _read_signal(conv: nn.Conv2d, gains: tuple[float, ...]) -> None:
 
 
 def _undo_norm(norm: nn.GroupNorm) -> None:
-    """Multiplies by the standard deviation the anchors impose and moves into SiLU's linear range."""
+    """Multiplies by the anchors' standard deviation and moves into SiLU's linear range."""
     norm.weight.fill_(_ANCHOR / 2**0.5)
     norm.bias.fill_(_LINEAR_RANGE)
 

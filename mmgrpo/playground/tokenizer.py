@@ -10,6 +10,8 @@ PAD_TOKEN = "<|pad|>"
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 TAG_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 IMAGE_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+# The names under which a processor looks for its placeholders on the tokenizer.
+IMAGE_ATTRIBUTES = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
 
 # Content is a string or a list of parts; each image part becomes one placeholder, which the
 # processor stretches to the number of image tokens.
@@ -51,7 +53,7 @@ def build_tokenizer(*, images: bool = False) -> PreTrainedTokenizerFast:
         tokenizer_object=core,
         eos_token=EOS_TOKEN,
         pad_token=PAD_TOKEN,
-        extra_special_tokens=list(markers),
+        extra_special_tokens=dict(IMAGE_ATTRIBUTES) if images else {},
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
         model_max_length=512,

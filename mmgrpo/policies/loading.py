@@ -131,14 +131,23 @@ def first_line(error: BaseException) -> str:
 
 
 def _check_folder(path: str | Path) -> None:
-    """Refuse what can only be a local path and does not exist; a hub id is left to transformers."""
+    """Refuse what is neither a local folder nor a model of the hub."""
+    if Path(path).is_dir():
+        return
+    parent = Path(path).parent
+    siblings = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
     text = str(path)
-    is_hub_id = text.count("/") == 1 and text[0] not in "/.~" and not isinstance(path, Path)
-    if not Path(path).is_dir() and not is_hub_id:
-        parent = Path(path).parent
-        siblings = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+    if text.count("/") != 1 or text[0] in "/.~" or siblings:
         hint = nearest(Path(path).name, siblings) if siblings else "."
         raise ModelError(f"The model folder {text} does not exist{hint}")
+    from transformers.utils.hub import cached_file
+
+    try:
+        cached_file(text, "config.json")
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{text} is no local folder, and the hub does not give it: {first_line(error)}"
+        ) from error
 
 
 def processor_for_images(config: Any, images: Any, tokenizer: Any) -> Any:

@@ -22,14 +22,15 @@ from mmgrpo.policies.token_payload import EncodedPrompt, TokenPrompts
 from mmgrpo.protocols import Prompt
 
 _PLACEHOLDERS = ("image", "video", "audio")
-_TOKEN_TYPES = "mm_token_type_ids"  # noqa: S105 - a model input, not a secret
+_TOKEN_TYPES = "mm_token_type_ids"
 
 
 class VisionLanguagePolicy(AutoregressivePolicy):
     """A model that reads images and text and writes text.
 
     A prompt's images are processed once, and go through the vision tower once per evaluation,
-    however many completions the prompt has. Placeholder tokens are never sampled.
+    however many completions the prompt has (with gradient checkpointing, once per completion).
+    Placeholder tokens are never sampled.
     """
 
     modality = "vision"
@@ -45,6 +46,7 @@ class VisionLanguagePolicy(AutoregressivePolicy):
             options: see :class:`AutoregressivePolicy`.
         """
         self._train_vision = train_vision
+        self._frame: int | None = None  # tokens that the processor puts around each image
         super().__init__(source, **options)
 
     def _load(self, path: str | Path, *, dtype: str, attention: str) -> tuple[Any, Any]:
@@ -104,7 +106,10 @@ class VisionLanguagePolicy(AutoregressivePolicy):
         plain = isinstance(prompt.content, str)
         ids = self.tokenizer(self._render(prompt), add_special_tokens=plain)["input_ids"]
         sizes = [(image.height, image.width) for image in prompt.images]
-        return len(ids) - len(sizes) + sum(count(image_sizes=sizes).num_image_tokens)
+        total = len(ids) - len(sizes) + sum(count(image_sizes=sizes).num_image_tokens)
+        if self._frame is None:
+            self._frame = (super()._count_tokens(prompt) - total) // len(sizes)
+        return total + self._frame * len(sizes)
 
     def _split(self, prompt: Prompt, encoded: dict[str, Tensor]) -> EncodedPrompt:
         """Tell per-token inputs from image features, and check that their numbers agree."""

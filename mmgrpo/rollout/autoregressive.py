@@ -24,10 +24,21 @@ class TokenPolicy(Protocol):
     """What the engine needs of a policy whose decisions are tokens."""
 
     forwards: int
-    context: int | None
-    """How many tokens a prompt and its completion may have together."""
-    eos_ids: tuple[int, ...]
-    pad_id: int
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens a prompt and its completion may have together."""
+        ...
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """Token that fills what follows the end."""
+        ...
 
     def encode(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> Any:
         """Turn prompts into tokens; refuse those that leave no room for the new ones."""
@@ -254,6 +265,6 @@ class AutoregressiveEngine:
         truncated = [] if trajectories.truncated is None else trajectories.truncated.tolist()
         owners = [prompt for prompt in prompts for _ in range(len(texts) // len(prompts))]
         return [
-            Sample(prompt, completion=text, truncated=cut)
-            for prompt, text, cut in zip(owners, texts, truncated, strict=True)
+            Sample(prompt, completion=text, truncated=cut, length=n)
+            for prompt, text, cut, n in zip(owners, texts, truncated, lengths, strict=True)
         ]

@@ -7,7 +7,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -15,7 +14,16 @@ from mmgrpo.core.collective import Collective
 from mmgrpo.core.groups import group_index, group_std, uniform_groups
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.protocols import Cost
-from mmgrpo.trainer.parts import MethodLike
+from mmgrpo.trainer.parts import Loss, MethodLike
+
+WITHOUT_UPDATE = {
+    "loss": 0.0,
+    "kl": 0.0,
+    "clip_fraction": 0.0,
+    "ratio/mean": 1.0,
+    "entropy": math.nan,
+}
+"""What a step reports where its method, or its having nothing to train, gives no number."""
 
 
 class Report:
@@ -79,7 +87,7 @@ class Report:
         if trajectories.entropy is not None:
             self.mean("entropy", trajectories.entropy[trajectories.mask])
 
-    def loss(self, output: Any) -> None:
+    def loss(self, output: Loss) -> None:
         """Add one micro-batch's share of the update's averages."""
         for name, value in output.metrics.items():
             self._loss_sums[name] += value
@@ -95,7 +103,7 @@ class Report:
     def finish(self, collective: Collective) -> dict[str, float]:
         """All metrics of the step; all but the times are equal on every rank."""
         updates = max(1, self._updates)
-        metrics = dict(self.values)
+        metrics = {**WITHOUT_UPDATE, **self.values}
         names = sorted(self.means)
         pairs = collective.sum(torch.tensor([self.means[n] for n in names]).double())
         for name, (total, count) in zip(names, pairs.tolist(), strict=True):
@@ -107,8 +115,6 @@ class Report:
         metrics["grad_norm"] = self._grad_norm / updates
         deviation = collective.gather(torch.tensor([self._first_log_ratio])).max()
         metrics["ratio/first_max_deviation"] = math.expm1(float(deviation))
-        metrics.setdefault("kl", 0.0)
-        metrics.setdefault("entropy", math.nan)
         metrics.update(self.times)
         metrics["time/step_s"] = time.perf_counter() - self._start
         return metrics

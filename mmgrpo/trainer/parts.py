@@ -11,9 +11,11 @@ from typing import Any, Protocol, Self
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from mmgrpo.core.aggregation import Denominators
 from mmgrpo.core.collective import Collective
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.protocols import (
+    Evaluation,
     Policy,
     PromptSource,
     Request,
@@ -27,25 +29,83 @@ from mmgrpo.protocols import (
 from mmgrpo.trainer.optim import Optimizer
 
 
+class SamplerLike(Protocol):
+    """When to stop drawing prompts."""
+
+    @property
+    def valid_fraction(self) -> float:
+        """Share of a batch's groups that must have spread."""
+        ...
+
+    @property
+    def max_rounds(self) -> int:
+        """Rounds of drawing at most."""
+        ...
+
+
 class MethodLike(Protocol):
     """What the loop reads of a method; see :class:`mmgrpo.methods.Method`."""
 
-    sampler: Any
-    prepare: Callable[..., Trajectories]
-    loss: Callable[..., Any]
-    score: Callable[[Trajectories], Tensor]
+    @property
+    def sampler(self) -> SamplerLike:
+        """How prompts become a batch."""
+        ...
 
     @property
-    def needs(self) -> frozenset[str]: ...
+    def needs(self) -> frozenset[str]:
+        """What the trainer has to provide."""
+        ...
 
     @property
-    def request(self) -> Request: ...
+    def request(self) -> Request:
+        """What it reads of an evaluation."""
+        ...
+
+    def score(self, trajectories: Trajectories) -> Tensor:
+        """Return the ``[B]`` weighted sum of the rewards."""
+        ...
+
+    def prepare(self, trajectories: Trajectories, *, collective: Collective) -> Trajectories:
+        """Turn rewards into advantages."""
+        ...
+
+    def loss(
+        self,
+        log_prob: Tensor,
+        trajectories: Trajectories,
+        *,
+        evaluation: Evaluation | None,
+        total: Denominators | None,
+    ) -> Loss:
+        """Return a micro-batch's share of the loss."""
+        ...
+
+
+class Loss(Protocol):
+    """See :class:`mmgrpo.methods.loss.LossOutput`."""
+
+    @property
+    def loss(self) -> Tensor:
+        """Scalar to differentiate."""
+        ...
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Shares that sum to the update's means."""
+        ...
+
+    @property
+    def max_log_ratio(self) -> float:
+        """Largest absolute log-ratio."""
+        ...
 
 
 class Average(Weights, Protocol):
     """An exponential moving average of the trainable weights."""
 
-    def applied(self) -> AbstractContextManager[None]: ...
+    def applied(self) -> AbstractContextManager[None]:
+        """Within the context, the network has the averaged weights."""
+        ...
 
 
 @dataclass

@@ -136,7 +136,6 @@ def optimise(
     """Take one optimiser step; nothing moves where no rank has a decision to train."""
     total = denominators(batch, parts.collective)
     if total.decisions < 0.5:
-        report.update_done(grad_norm=0.0)
         return
     pieces = micro_batches(batch, config.trainer.micro_batch_size)
     for number, rows in enumerate(pieces, start=1):

@@ -71,8 +71,8 @@ def trained(tmp_path, monkeypatch):
         rows = [{"step": 0, "eval/success": 0.3}, {"step": 1, "loss": 1.0}]
         rows.append({"step": 2, "eval/success": 0.9 + config.trainer.steps / 1000})
         (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-        for name in ("step_000002.png", "step_000000.png", "step_000001.png", "notes.txt"):
-            (run_dir / "samples" / name).write_text("")
+        for name in ("curve.svg", "before_after.png", "config.yaml", "samples/step_000000.png"):
+            (run_dir / name).write_text("")
 
     monkeypatch.setattr(mmgrpo, "build", SimpleNamespace(train=train), raising=False)
     monkeypatch.setitem(sys.modules, "mmgrpo.build", SimpleNamespace(train=train))
@@ -101,9 +101,9 @@ def test_quickstart_trains_the_three_and_ends_with_one_table(trained, monkeypatc
         (row,) = [line for line in lines if line.startswith(f"│ {task}")]
         cells = [cell.strip() for cell in row.strip("│").split("│")]
         assert cells == [task, "0.30", "0.91", "0", f"runs/quickstart-{task}"]
-    assert lines[-2:] == [
-        "picture: runs/quickstart-image/samples/step_000000.png",
-        "picture: runs/quickstart-image/samples/step_000002.png",
+    assert [line for line in lines if line.startswith("picture")][-2:] == [
+        "picture: runs/quickstart-image/before_after.png",
+        "picture: runs/quickstart-image/curve.svg",
     ]
 
 

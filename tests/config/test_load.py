@@ -10,6 +10,7 @@ from mmgrpo.config.explain import known_keys
 from mmgrpo.config.paths import config_name, find_config, packaged_configs
 from mmgrpo.config.schema import MODALITIES
 from mmgrpo.errors import ConfigError
+from mmgrpo.registry import TRACKERS
 
 TEXT = """\
 modality: text
@@ -59,9 +60,12 @@ def test_a_configuration_cannot_be_changed(run):
         load_config(run).seed = 3
 
 
-def test_a_mapping_is_read_like_a_file(run):
+def test_a_mapping_is_read_like_a_file_and_left_alone(run):
     config = load_config(run, ["seed=4"])
-    assert load_config(config.model_dump()) == config
+    mapping = config.model_dump()
+    assert load_config(mapping) == config
+    assert load_config(mapping, ["trainer.steps=9"]).trainer.steps == 9
+    assert mapping == config.model_dump()
 
 
 # -- overrides ----------------------------------------------------------------------------------
@@ -235,6 +239,14 @@ def test_what_is_dumped_loads_again_unchanged(file, tmp_path):
     config = load_config(file, ["method.advantage.eps=1e-6"])
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_the_trackers_are_those_of_the_registry(run):
+    names = ", ".join(TRACKERS)
+    assert load_config(run, [f"tracking.trackers=[{names}]"]).tracking.trackers == [*TRACKERS]
+    (line,) = errors_of(run, "tracking.trackers=[wandb, tensorbord]")
+    assert line.endswith("got 'tensorbord'; did you mean 'tensorboard'?")
+    assert all(name in line for name in TRACKERS)
 
 
 # -- size ---------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mmgrpo.config.yaml_file import dump_yaml, parse_yaml
@@ -50,6 +50,7 @@ documents = st.recursive(
 
 
 @given(documents)
+@example(["\x85", "a\u2028b", {"\u2029": None}])
 def test_dump_and_parse_are_inverse(document):
     assert parse_yaml(dump_yaml(document), "x")[0] == document
 

@@ -278,9 +278,6 @@ def test_reading_text_does_not_import_torch_or_datasets(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# -- a plain image, used by the other test file too ----------------------------------------------
-
-
 def test_null_images_are_no_images(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     path = write_lines(tmp_path / "a.jsonl", [{"prompt": "x", "images": None, "image": []}])

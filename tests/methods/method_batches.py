@@ -1,6 +1,7 @@
 """Awkward batches that every preset can run on: ragged, off-policy, with holes and garbage."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -113,7 +114,7 @@ class Meeting:
     """Where the threads that play the ranks exchange their values."""
 
     def __init__(self, size):
-        self.barrier = threading.Barrier(size, timeout=30)
+        self.barrier = threading.Barrier(size, timeout=10)
         self.values = [None] * size
 
     def exchange(self, rank, value):
@@ -140,28 +141,15 @@ class ThreadCollective(Collective):
 def run_ranks(method, parts):
     """Prepare and differentiate each rank's part; return prepared, total, loss, gradient each."""
     meeting = Meeting(len(parts))
-    results = [None] * len(parts)
 
     def work(rank, part):
-        try:
-            collective = ThreadCollective(rank, meeting)
-            prepared = method.prepare(part.trajectories, collective=collective)
-            total = denominators(prepared, collective)
-            output, gradient = loss_and_gradient(method, part, prepared, total)
-            results[rank] = (prepared, total, output, gradient)
-        except BaseException as error:
-            results[rank] = error
-            meeting.barrier.abort()
+        collective = ThreadCollective(rank, meeting)
+        prepared = method.prepare(part.trajectories, collective=collective)
+        total = denominators(prepared, collective)
+        return prepared, total, *loss_and_gradient(method, part, prepared, total)
 
-    threads = [threading.Thread(target=work, args=item) for item in enumerate(parts)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(work, range(len(parts)), parts))
 
 
 __all__ = [

@@ -1,6 +1,7 @@
 """From rewards to advantages: what is read, in which order, and in which type."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,8 +87,6 @@ def test_a_greedy_reward_that_is_missing_takes_the_sample_out():
 
 
 def test_the_score_is_the_weighted_sum_of_the_rewards_that_apply():
-    from dataclasses import replace
-
     method = replace(load_method("dr-grpo"), reward_weights={"a": 2.0, "b": 0.5})
     t = batch({"a": [1, 0, math.nan], "b": [4, math.nan, math.nan]})
     assert method.score(t)[:2].tolist() == [4, 0]

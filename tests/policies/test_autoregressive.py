@@ -68,6 +68,8 @@ def test_the_shared_prompt_gives_the_values_and_gradients_of_the_repeated_one(fa
     trajectories = trajectories_of(policy, text_prompts(), RAGGED)
     shared = policy.evaluate(trajectories, Request(entropy=True))
     plain = policy.evaluate_plain(trajectories, Request(entropy=True))
+    assert policy._shares_prompts
+    assert policy._selective
     torch.testing.assert_close(shared.log_prob, plain.log_prob, atol=ROUNDING, rtol=0)
     assert relative_error(gradients(policy, shared), gradients(policy, plain)) < ROUNDING
 
@@ -418,6 +420,11 @@ def test_an_incomplete_folder_is_refused_in_one_sentence(folder, spoil, message)
 def test_a_misspelt_folder_gets_the_nearest(folder):
     with pytest.raises(ModelError, match="did you mean 'model'"):
         AutoregressivePolicy(folder.with_name("modle"))
+
+
+def test_a_hub_id_that_cannot_be_had_is_no_folder():
+    with pytest.raises(ModelError, match="nobody/nothing is no local folder, and the hub"):
+        AutoregressivePolicy("nobody/nothing")
 
 
 def test_a_vision_model_is_not_a_text_model(tmp_path):

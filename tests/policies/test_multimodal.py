@@ -64,6 +64,8 @@ def test_the_shared_prompt_gives_the_gradients_of_the_repeated_one(family, lora)
     trajectories = trajectories_of(policy, image_prompts(), RAGGED)
     shared = policy.evaluate(trajectories).log_prob
     plain = policy.evaluate_plain(trajectories).log_prob
+    assert policy._shares_prompts
+    assert policy._selective
     torch.testing.assert_close(shared, plain, atol=ROUNDING, rtol=0)
     assert relative_error(gradients(policy, shared), gradients(policy, plain)) < ROUNDING
 

@@ -1,0 +1,237 @@
+"""The vision playground: read handwritten digits and combine them.
+
+A prompt shows two or three digits, on one wide canvas or in separate images, and asks for their
+sum, the largest, or the digits in ascending order. A completion reads first, then answers::
+
+    <think>385</think><answer>16</answer>
+
+The base model is taught by demonstrations that read well but mostly answer carelessly (the sum
+without its last digit, the last digit as the largest, the order as read). Reinforcement learning
+has to make the careful answer, which it already knows, the usual one. Evaluation uses pictures
+of digits that no training, supervised or reinforced, has seen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    GenerationConfig,
+    PaddleOCRVLProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from mmgrpo.playground.digits import Split
+from mmgrpo.playground.scenes import PATCH, SMALL_CANVAS, WIDE_CANVAS, Scene, draw_scene, render
+from mmgrpo.playground.sft import IGNORED_LABEL, Progress, save_model_folder, supervise, write_jsonl
+from mmgrpo.playground.tokenizer import build_tokenizer
+
+NUM_TRAIN = 1024
+NUM_EVAL = 256
+CARELESS_SHARE = 0.65
+SFT_STEPS = 800
+SFT_BATCH = 32
+SFT_LEARNING_RATE = 2e-3
+
+
+def build_processor() -> PaddleOCRVLProcessor:
+    """Makes the processor: Qwen2-VL's image processor and the byte-level tokenizer.
+
+    Qwen2-VL's own processor class insists on a video processor, which needs torchvision.
+    PaddleOCR-VL's class does the same to images and text (the same patches, grids, placeholder
+    counts and token types) without video, so the folder loads with torch and Pillow alone.
+    """
+    tokenizer = build_tokenizer(images=True)
+    image_processor = Qwen2VLImageProcessorPil(
+        patch_size=PATCH,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={
+            "shortest_edge": SMALL_CANVAS[0] * SMALL_CANVAS[1],
+            "longest_edge": 2 * WIDE_CANVAS[0] * WIDE_CANVAS[1],
+        },
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return PaddleOCRVLProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _text_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+    """The language half: two layers; a short rotary base resolves neighbouring image columns."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [4, 6, 6]},
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _vision_config() -> dict[str, object]:
+    """The vision tower: three layers over 4x4 patches, four patches merged into one token."""
+    return {
+        "depth": 3,
+        "embed_dim": 64,
+        "num_heads": 4,
+        "mlp_ratio": 4,
+        "hidden_size": 128,
+        "patch_size": PATCH,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "rope_parameters": {"rope_type": "axial", "rope_theta": 10.0},
+    }
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2VLForConditionalGeneration:
+    """Makes an untrained Qwen2-VL of about 0.6 million parameters."""
+    token_id = tokenizer.convert_tokens_to_ids
+    config = Qwen2VLConfig(
+        text_config=_text_config(tokenizer),
+        vision_config=_vision_config(),
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+def encode_demonstrations(
+    processor: PaddleOCRVLProcessor, rng: np.random.Generator, batch_size: int
+) -> dict[str, torch.Tensor]:
+    """Draws demonstrations and encodes them for the model.
+
+    Args:
+        processor: Encodes images and text.
+        rng: Decides scenes, small distortions of the digits, and who is careless.
+        batch_size: Number of demonstrations.
+
+    Returns:
+        The processor's tensors and ``labels`` ``[B, L]``, which cover completions only.
+    """
+    texts, images = [], []
+    for _ in range(batch_size):
+        scene = draw_scene(rng, "train")
+        prompt = processor.apply_chat_template(
+            scene.messages(), tokenize=False, add_generation_prompt=True
+        )
+        completion = scene.completion(careless=bool(rng.random() < CARELESS_SHARE))
+        texts.append(prompt + completion + processor.tokenizer.eos_token)
+        images.extend(render(scene, "train", augment=rng))
+    batch = dict(
+        processor(
+            text=texts, images=images, return_tensors="pt", padding=True, padding_side="right"
+        )
+    )
+    ids = batch["input_ids"]
+    start = ids == processor.tokenizer.convert_tokens_to_ids("<|assistant|>")
+    is_completion = (start.cumsum(1) > 0) & ~start & (batch["attention_mask"] > 0)
+    batch["labels"] = ids.masked_fill(~is_completion, IGNORED_LABEL)
+    return batch
+
+
+def train_model(
+    seed: int, *, steps: int = SFT_STEPS, progress: Progress | None = None
+) -> tuple[Qwen2VLForConditionalGeneration, PaddleOCRVLProcessor]:
+    """Makes the half-trained base model and its processor.
+
+    Args:
+        seed: Decides weights and demonstrations.
+        steps: Supervised steps.
+        progress: Receives lines of text.
+    """
+    processor = build_processor()
+    model = build_model(processor.tokenizer, seed)
+    rng = np.random.default_rng([seed, 1])
+    supervise(
+        model,
+        lambda: encode_demonstrations(processor, rng, SFT_BATCH),
+        steps=steps,
+        learning_rate=SFT_LEARNING_RATE,
+        progress=progress,
+    )
+    return model, processor
+
+
+def draw_scenes(seed: int, split: Split, count: int) -> list[Scene]:
+    """Draws different scenes of one split; scenes of different splits never share a picture."""
+    rng = np.random.default_rng([seed, 2, len(split)])
+    scenes: dict[Scene, None] = {}
+    while len(scenes) < count:
+        scenes[draw_scene(rng, split)] = None
+    return list(scenes)
+
+
+def write_scenes(folder: Path, name: str, scenes: list[Scene], split: Split) -> None:
+    """Writes ``<name>.jsonl`` and the PNG files it refers to.
+
+    Args:
+        folder: Where the file and ``images/`` go.
+        name: Also the first part of the image names.
+        scenes: One row each.
+        split: Where the pictures come from.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows, number = [], 0
+    for scene in scenes:
+        paths = []
+        for image in render(scene, split):
+            paths.append(f"images/{name}-{number:06d}.png")
+            image.save(folder / paths[-1], optimize=True)
+            number += 1
+        rows.append(
+            {
+                "prompt": scene.messages(),
+                "images": paths,
+                "answer": scene.answer,
+                "task": scene.question,
+                "digits": list(scene.digits),
+            }
+        )
+    write_jsonl(folder / f"{name}.jsonl", rows)
+
+
+def build_vision(
+    out_dir: str | Path,
+    *,
+    seed: int = 0,
+    steps: int = SFT_STEPS,
+    progress: Progress | None = None,
+) -> None:
+    """Builds the vision playground: ``model/``, ``train.jsonl``, ``eval.jsonl`` and ``images/``.
+
+    Args:
+        out_dir: Created if missing.
+        seed: Decides data and weights.
+        steps: Supervised steps of the base model.
+        progress: Receives lines of text.
+    """
+    folder = Path(out_dir)
+    write_scenes(folder, "train", draw_scenes(seed, "train", NUM_TRAIN), "train")
+    write_scenes(folder, "eval", draw_scenes(seed, "eval", NUM_EVAL), "eval")
+    model, processor = train_model(seed, steps=steps, progress=progress)
+    save_model_folder(folder / "model", model, processor)
