@@ -41,6 +41,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "group": _CORE + "advantages:group_scale",
         "batch": _CORE + "advantages:batch_scale",
         "batch_centred": _CORE + "advantages:batch_centred_scale",
+        "mean": _CORE + "advantages:mean_scale",
     },
     "credit": {
         "uniform": _CORE + "credit:uniform",

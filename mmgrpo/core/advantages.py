@@ -124,6 +124,22 @@ def batch_centred_scale(
     return _update_std(centred, ddof, collective) + eps
 
 
+def mean_scale(
+    reward: Tensor,
+    centred: Tensor,
+    trajectories: Trajectories,
+    *,
+    ddof: int,
+    eps: float,
+    collective: Collective = LOCAL,
+) -> Tensor:
+    """Mean reward of the group, plus eps: hard prompts count more (MaxRL).
+
+    For rewards that are not negative; approximates the maximum likelihood of success.
+    """
+    return group_mean(reward, trajectories.group) + eps
+
+
 def _update_std(x: Tensor, ddof: int, collective: Collective) -> Tensor:
     count, _, squares = moments(zero_nan(x), ~x.isnan(), collective)
     std = (squares / (count - ddof).clamp_min(1.0)).sqrt()

@@ -80,17 +80,12 @@ def compute_loss(
         "policy/approximate_kl": divergence.k3(old, log_prob),
     }
     share = weight / total.decisions
-    sums = {name: (x.detach() * share).sum() for name, x in metrics.items()}
-    largest = per_decision.detach().abs().max() if mask.numel() else value.new_zeros(())
-    # One transfer from the device for all numbers.
-    *means, loss_value, largest_value = torch.stack(
-        [*sums.values(), value.detach(), largest]
-    ).tolist()
-    return LossOutput(
-        loss=value,
-        metrics={"loss": loss_value, **dict(zip(sums, means, strict=True))},
-        max_log_ratio=largest_value,
-    )
+    numbers = {name: (x.detach() * share).sum() for name, x in metrics.items()}
+    numbers["loss"] = value.detach()
+    numbers["largest"] = per_decision.detach().abs().max() if mask.numel() else value.new_zeros(())
+    # One transfer from the device for all of them.
+    found = dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
+    return LossOutput(loss=value, max_log_ratio=found.pop("largest"), metrics=found)
 
 
 def _masked(x: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from mmgrpo.playground.classifier import digit_accuracy, save_classifier, train_classifier
-from mmgrpo.playground.digits import load_digits
+from mmgrpo.playground.digits import Split, load_digits
 from mmgrpo.playground.image_model import (
     DEFAULT_T5_TOKENS,
     SCALING_FACTOR,
@@ -33,6 +33,8 @@ from mmgrpo.playground.image_model import (
 Progress = Callable[[str], None]
 
 NUM_NUMBERS = 100
+# Role, the digits it learns from, and what is added to the seed.
+_CLASSIFIERS: tuple[tuple[str, Split, int], ...] = (("reward", "train", 0), ("judge", "judge", 1))
 _EMPTY_PROMPT = NUM_NUMBERS  # index of the empty prompt in ``all_prompts``
 
 
@@ -233,7 +235,7 @@ def build_image(
     out.mkdir(parents=True, exist_ok=True)
     write_rows(out / "train.jsonl", (n for n in range(NUM_NUMBERS) if not is_held_out(n)))
     write_rows(out / "eval.jsonl", (n for n in range(NUM_NUMBERS) if is_held_out(n)))
-    for role, split, offset in (("reward", "train", 0), ("judge", "judge", 1)):
+    for role, split, offset in _CLASSIFIERS:
         classifier = train_classifier(split, seed=seed + offset, steps=classifier_steps)
         save_classifier(classifier, out / f"{role}_classifier")
         accuracy = digit_accuracy(classifier, "eval")

@@ -50,7 +50,11 @@ def build_clip_tokenizer() -> CLIPTokenizer:
     tokens = symbols + [f"{symbol}</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=NUM_CLIP_TOKENS)
+    return CLIPTokenizer(
+        vocab=vocabulary,
+        merges=merges,  # type: ignore[arg-type]  # pairs, although it is annotated as strings
+        model_max_length=NUM_CLIP_TOKENS,
+    )
 
 
 def build_clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:

@@ -49,9 +49,8 @@ def copying_vae(scaling_factor: float = 1.0, shift_factor: float = 0.0) -> Autoe
         mid_block_add_attention=False,
     )
     with torch.no_grad():
-        for block in _residual_blocks(vae):
-            block.conv2.weight.zero_()
-            block.conv2.bias.zero_()
+        for parameter in _residual_outputs(vae):
+            parameter.zero_()
         for half, gains in ((vae.encoder, (1 / 3, 1 / 3, 1 / 3)), (vae.decoder, (1.0,))):
             _read_signal(half.conv_in, gains)
             _undo_norm(half.conv_norm_out)
@@ -61,9 +60,9 @@ def copying_vae(scaling_factor: float = 1.0, shift_factor: float = 0.0) -> Autoe
     return vae.requires_grad_(False).eval()
 
 
-def _residual_blocks(vae: AutoencoderKL) -> list[nn.Module]:
-    """Lists the residual blocks, each of which is the identity once its last convolution is 0."""
-    return [module for module in vae.modules() if type(module).__name__ == "ResnetBlock2D"]
+def _residual_outputs(vae: AutoencoderKL) -> list[nn.Parameter]:
+    """Lists the last weights of every residual block, which is the identity once they are 0."""
+    return [weight for name, weight in vae.named_parameters() if ".conv2." in name]
 
 
 def _read_signal(conv: nn.Conv2d, gains: tuple[float, ...]) -> None:
@@ -72,7 +71,7 @@ def _read_signal(conv: nn.Conv2d, gains: tuple[float, ...]) -> None:
     centre = torch.tensor(gains)
     conv.weight[0, :, 1, 1] = centre
     conv.weight[1, :, 1, 1] = -centre
-    conv.bias.copy_(torch.tensor([0.0, 0.0, _ANCHOR, -_ANCHOR]))
+    conv.get_parameter("bias").copy_(torch.tensor([0.0, 0.0, _ANCHOR, -_ANCHOR]))
 
 
 def _undo_norm(norm: nn.GroupNorm) -> None:
@@ -84,6 +83,6 @@ def _undo_norm(norm: nn.GroupNorm) -> None:
 def _write_signal(conv: nn.Conv2d, channels: int) -> None:
     """Sets a convolution to read (signal, -signal) back into its first ``channels`` outputs."""
     conv.weight.zero_()
-    conv.bias.zero_()
+    conv.get_parameter("bias").zero_()
     conv.weight[:channels, 0, 1, 1] = 0.5
     conv.weight[:channels, 1, 1, 1] = -0.5

@@ -16,7 +16,7 @@ from mmgrpo.policies.loading import first_line, load_model, load_tokenizer, pars
 from mmgrpo.policies.token_evaluator import TokenEvaluator
 from mmgrpo.policies.token_logits import entropy, log_distribution
 from mmgrpo.policies.token_payload import EncodedPrompt, TokenPayload, TokenPrompts
-from mmgrpo.protocols import Prompt
+from mmgrpo.protocols import Prompt, Weights
 
 
 class AutoregressivePolicy(TokenEvaluator):
@@ -82,7 +82,8 @@ class AutoregressivePolicy(TokenEvaluator):
             forbidden=self._forbidden_ids(model),
             checkpointing=gradient_checkpointing,
         )
-        self.reference_weights = make_reference(reference, network, decay=reference_decay)
+        self._reference = make_reference(reference, network, decay=reference_decay)
+        self.reference_weights: Weights = self._reference
 
     def _load(self, path: str | Path, *, dtype: str, attention: str) -> tuple[Any, Any]:
         """Return the model in a folder, and what turns its prompts into tokens."""
@@ -211,11 +212,11 @@ class AutoregressivePolicy(TokenEvaluator):
     @property
     def has_reference(self) -> bool:
         """Whether there are weights to compare with."""
-        return self.reference_weights.available
+        return self._reference.available
 
     def reference(self) -> AbstractContextManager[None]:
         """Within the context, evaluate() answers with the reference's weights."""
-        return self.reference_weights.active()
+        return self._reference.active()
 
     def export(self, directory: Path) -> None:
         """Write a folder that transformers loads, or peft if there is an adapter."""

@@ -231,3 +231,9 @@ def test_whitening_many_float32_decisions_loses_no_digits():
     found = advantages.whiten(x, torch.ones_like(x))
     exact = (x.double() - x.double().mean()) / x.double().std(correction=0)
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_mean_scale_of_the_maxrl_card():
+    assert scaled(advantages.mean_scale, [1.0, 0.0, 0.0, 0.0], [0, 0, 0, 0]).tolist() == pytest.approx(
+        [3, -1, -1, -1]
+    )

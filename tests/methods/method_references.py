@@ -270,3 +270,13 @@ def difference_quotients(function, batch, log_prob, step=1e-6):
             losses.append(function(batch, moved, frozen)[1])
         found[i][t] = (losses[0] - losses[1]) / (2 * step)
     return found
+
+
+@reference
+def maxrl(b, lp, sg):
+    a = centre(b, b.reward, group_mean)
+    for rows in b.groups:
+        for i in rows:
+            a[i] /= statistics.fmean(b.reward[j] for j in rows) + 1e-6
+    loss = sum(ppo(exp(lp[i][t] - b.old[i][t]), a[i], 0.2, 0.2) for i, t in b.all)
+    return spread(b, a), loss / len(b.all)
