@@ -116,8 +116,9 @@ class DigitBook:
         wrong = torch.rand(digits.shape, generator=generator) < wrong_digit_rate
         random_digits = torch.randint(0, 10, digits.shape, generator=generator)
         digits = torch.where(wrong, random_digits, digits)
-        picks = torch.rand(digits.shape, generator=generator) * self.counts[digits]
-        pictures = self.pictures[self.starts[digits] + picks.long()]
+        counts = self.counts[digits]
+        picks = (torch.rand(digits.shape, generator=generator) * counts).long()
+        pictures = self.pictures[self.starts[digits] + picks.clamp(max=counts - 1)]
         canvases = torch.cat(pictures.unbind(1), dim=2)
         return canvases[:, None] / 127.5 - 1.0
 

@@ -15,7 +15,7 @@ FLOORS = (
     {"trainer"},
     {"plan"},
     {"build"},
-    {"api", "playground"},
+    {"api", "compare", "playground"},
     {"cli"},
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -153,6 +153,12 @@ def test_zero_eta_is_the_ode():
         assert not still.trajectories.mask.any()
 
 
+def test_steps_with_too_little_noise_are_no_decisions():
+    rollout = draw(engine_of(eta=1e-8))
+    assert not rollout.trajectories.mask.any()
+    assert (rollout.trajectories.old_log_prob == 0).all()
+
+
 def test_noise_enters_only_at_the_selected_steps():
     engine = engine_of(selection={"kind": "window", "start": 1, "width": 2})
     rollout = draw(engine)

@@ -1,6 +1,7 @@
 """Rewards that spread on the output of random models, as a user would write them."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -31,21 +32,22 @@ def noisy(completions, **_):
     return [a + 0.1 * b for a, b in zip(spread(completions), noise, strict=True)]
 
 
-def fails_while_flagged(completions, **_):
-    """Raises as long as the file that FAIL_WHILE names exists, from the 3rd call on."""
-    fails_while_flagged.calls += 1
-    flag = os.environ.get("FAIL_WHILE", "")
-    if fails_while_flagged.calls > 2 and os.path.exists(flag):
+def fails_in_the_third_step(completions, **_):
+    """Raises while the metrics file that FAIL_WITH names has two lines."""
+    file = Path(os.environ.get("FAIL_WITH", ""))
+    if file.is_file() and len(file.read_text().splitlines()) == 2:
         raise OSError("the judge's server is down")
     return spread(completions)
-
-
-fails_while_flagged.calls = 0
 
 
 def broken_for_some(completions, **_):
     """NaN, a failure, for about a fifth of the samples."""
     return [float("nan") if value < 0.2 else value for value in spread(completions)]
+
+
+def broken_for_many(completions, **_):
+    """NaN for about half of the samples."""
+    return [float("nan") if value < 0.5 else value for value in spread(completions)]
 
 
 def _text(completion):
