@@ -68,7 +68,7 @@ def run(parts: Parts, config: Config) -> dict[str, Any]:
 def evaluate(config: Config, checkpoint: str | Path) -> dict[str, float]:
     """Evaluate a checkpoint's weights on ``data.eval``; nothing is written."""
     method = make_method(config)
-    rewards = load_rewards(_specs(config.rewards))
+    rewards = make_rewards(config)
     policy = load_policy(config, method, checkpoint)
     evaluator = make_evaluator(config, policy, method, rewards)
     if evaluator is None:
@@ -80,7 +80,7 @@ def sample(config: Config, checkpoint: str | Path, out: str | Path) -> Path:
     """Sample held-out (or training) prompts from a checkpoint; write transcripts or images."""
     method = make_method(config)
     prompts = load_prompts(config, config.data.eval or config.data.train)[: config.eval.prompts]
-    rewards = load_rewards(_specs(config.rewards))
+    rewards = make_rewards(config)
     scorer = make_scorer(rewards, config, prompts)
     policy = load_policy(config, method, checkpoint)
     engine = ENGINES[config.modality](policy, config, method, "eval")
@@ -130,7 +130,7 @@ def assemble(
     prompts = load_prompts(config, config.data.train) if prompts is None else prompts
     prompts = prompts[: config.data.limit]
     check_prompts(prompts, config)
-    rewards = load_rewards(_specs(config.rewards)) if rewards is None else rewards
+    rewards = make_rewards(config) if rewards is None else rewards
     scorer = make_scorer(rewards, config, prompts)
     policy = make_policy(config, method) if policy is None else policy
     check_reference(policy, method)
@@ -191,6 +191,11 @@ def load_prompts(config: Config, path: str) -> list[Prompt]:
         prompt_column=config.data.prompt_column,
         **PROMPT_OPTIONS[config.modality](config),
     )
+
+
+def make_rewards(config: Config) -> list[NamedReward]:
+    """The rewards that train."""
+    return load_rewards(_specs(config.rewards))
 
 
 def make_scorer(rewards: list[NamedReward], config: Config, prompts: list[Prompt]) -> RewardRunner:
@@ -306,6 +311,7 @@ def _flow_policy(config: ImageConfig, folder: str, reference: str) -> Policy:
         dtype=config.model.dtype,
         gradient_checkpointing=config.model.gradient_checkpointing,
         guidance_scale=config.rollout.guidance_scale,
+        max_prompt_tokens=config.model.max_prompt_tokens,
         seed=config.seed,
     )
     return policy

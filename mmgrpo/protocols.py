@@ -70,7 +70,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What an engine returns: row b of ``trajectories`` is ``samples[b]``; groups are contiguous."""
+    """What an engine returns: row b of ``trajectories`` is ``samples[b]``, groups contiguous."""
 
     trajectories: Trajectories
     samples: list[Sample]
@@ -131,14 +131,18 @@ class Policy(Protocol):
         """Raise DataError for a prompt that cannot be used. ``room``: decisions it must leave."""
         ...
 
-    def evaluate(self, trajectories: Trajectories, request: Request = ...) -> Evaluation: ...
+    def evaluate(self, trajectories: Trajectories, request: Request = ...) -> Evaluation:
+        """Evaluate the sampled decisions under the present weights, differentiably."""
+        ...
 
     def reference(self) -> AbstractContextManager[None]:
         """Within the context, evaluate() answers with the reference's weights."""
         ...
 
     @property
-    def has_reference(self) -> bool: ...
+    def has_reference(self) -> bool:
+        """Whether there are weights that :meth:`reference` can switch to."""
+        ...
 
     def export(self, directory: Path) -> None:
         """Write a folder that ``from_pretrained`` (or PEFT, for adapters) loads."""
@@ -156,9 +160,13 @@ class Weights(Protocol):
         """Follow the network; called after each optimiser step."""
         ...
 
-    def state_dict(self) -> dict[str, Tensor]: ...
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors that a checkpoint keeps, by name."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        ...
 
 
 class RolloutEngine(Protocol):
@@ -213,16 +221,22 @@ class PromptSource(Protocol):
         """
         ...
 
-    def all(self, limit: int | None = None) -> Iterable[Prompt]: ...
+    def all(self, limit: int | None = None) -> Iterable[Prompt]:
+        """The prompts in the order of the data, the first ``limit`` of them."""
+        ...
 
 
 class Tracker(Protocol):
     """Receives the metrics of a step."""
 
-    def log(self, metrics: dict[str, float], step: int) -> None: ...
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Take in the metrics of a step."""
+        ...
 
     def truncate_after(self, step: int) -> None:
         """Forget later steps: a resumed run does them again."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write out what is left and finish."""
+        ...

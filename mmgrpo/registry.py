@@ -117,15 +117,5 @@ def resolve(kind: str, name: str) -> Any:
     return load_target(table[name])
 
 
-def component_names(slot: str) -> list[str]:
-    """Sorted names of the components that fit a slot."""
-    return sorted(COMPONENTS.get(slot, {}))
-
-
-def resolve_component(slot: str, name: str) -> Any:
-    """Return a method component; see :func:`resolve`."""
-    return resolve(slot, name)
-
-
 def _table(kind: str) -> Mapping[str, str]:
     return COMPONENTS[kind] if kind in COMPONENTS else KINDS[kind]

@@ -21,7 +21,7 @@ from mmgrpo.core.groups import group_mean
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.methods import load_method
 from mmgrpo.tracking import read_metrics
-from mmgrpo.trainer.checkpoint import latest_checkpoint
+from mmgrpo.trainer.run_folder import checkpoints
 
 SAMPLES = 8
 """Samples per held-out prompt."""
@@ -55,12 +55,11 @@ def from_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def from_samples(config: Config) -> dict[str, float]:
     """Sample the last checkpoint on the held-out prompts and compare with the initial weights."""
-    checkpoint = latest_checkpoint(Path(config.run_dir))
-    if checkpoint is None:
-        return {}
+    saved = checkpoints(Path(config.run_dir))
     method = load_method(SAMPLER) if config.modality == "image" else build.make_method(config)
-    trained = build.load_policy(config, method, checkpoint)
-    evaluator = build.evaluator_of(config, trained, method)
+    trained = build.load_policy(config, method, saved[-1])
+    evaluator = build.make_evaluator(config, trained, method, build.make_rewards(config))
+    assert evaluator is not None  # every playground task has held-out prompts
     engine = build.ENGINES[config.modality](trained, config, method, "train")
     prompts = list(evaluator.prompts.all(evaluator.limit))
     rollout = engine.generate(prompts, group_size=SAMPLES, seed=config.eval.seed + 1)

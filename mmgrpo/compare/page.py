@@ -65,11 +65,14 @@ def write_page(contest: Contest, rows: Sequence[Summary]) -> Path:
     (contest.out / "compare.md").write_text(markdown(rows), encoding="utf-8")
     header, cells = table(rows)
     lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in cells]
+    conditions = (
+        f"Same task, initial weights, prompts and budget ({html.escape(_budget(contest))}) for "
+        "every method; mean over seeds ± half the 95 % interval."
+    )
     title = f"{contest.task}: {len(rows)} methods, {contest.seeds} seeds"
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p>Same task, initial weights, prompts and budget ({html.escape(_budget(contest))}) for "
-        "every method; mean over seeds ± half the 95 % interval.</p>",
+        f"<p>{conditions}</p>",
         "<table><tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in header) + "</tr>",
         *(f"<tr>{line}</tr>" for line in lines),
         "</table>",

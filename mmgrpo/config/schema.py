@@ -105,7 +105,6 @@ class Lora(Section):
     rank: PositiveInt = 32
     alpha: PositiveFloat = Field(default_factory=lambda data: 2.0 * data["rank"])
     """Scale of the update is alpha / rank; the default is twice the rank."""
-    dropout: Share = 0.0
     targets: list[str] | None = None
     """Names of the layers that get an adapter; null: the usual ones of the model's family."""
 
@@ -129,6 +128,13 @@ class TextModel(Model):
     """Attention implementation of transformers."""
     max_prompt_tokens: PositiveInt | None = None
     """A longer prompt is an error; null: what the model's context leaves beside the completion."""
+
+
+class ImageModel(Model):
+    """A flow image pipeline."""
+
+    max_prompt_tokens: PositiveInt | None = None
+    """Length of the T5 part of a prompt; null: the pipeline's own."""
 
 
 class VisionModel(TextModel):
@@ -309,6 +315,7 @@ class ImageConfig(Config):
     """A run that trains a flow or diffusion image model."""
 
     modality: Literal["image"]
+    model: ImageModel
     rollout: ImageRollout = ImageRollout()
     eval: ImageEval = ImageEval()
 

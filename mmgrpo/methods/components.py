@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from mmgrpo.errors import MethodError, nearest
-from mmgrpo.registry import component_names, resolve_component
+from mmgrpo.registry import names, resolve
 
 Options = TypeVar("Options")
 
@@ -50,10 +50,10 @@ def bind(slot: str, spec: Mapping[str, Any], *, where: str) -> Callable[..., Any
     """
     options = dict(spec)
     name = options.pop("name", None)
-    known = component_names(slot)
+    known = names(slot)
     if name not in known:
         raise MethodError(f"{where}: unknown {slot} '{name}'{nearest(str(name), known)}")
-    function = resolve_component(slot, name)
+    function = resolve(slot, name)
     hints = _hints(function)
     types = {key: hints[key] for key in options_of(function)}
     checked = check_options(options, types, where=f"{where}: {slot} {name}")

@@ -14,7 +14,7 @@ from mmgrpo.core.objectives import Decisions
 from mmgrpo.core.ratios import log_ratio
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.protocols import Evaluation
-from mmgrpo.registry import resolve_component
+from mmgrpo.registry import resolve
 
 if TYPE_CHECKING:
     from mmgrpo.methods.method import Method
@@ -144,8 +144,8 @@ def _kl(
     if other is None:
         raise ValueError(f"method {method.id} needs trajectories.{options.target}_log_prob")
     other = _masked(other, mask, log_prob.dtype)
-    value: Tensor = resolve_component("estimator", options.estimator)(log_prob, other)
+    value: Tensor = resolve("estimator", options.estimator)(log_prob, other)
     if options.gradient is None:
         return value
-    gradient = resolve_component("estimator", options.gradient)(log_prob, other)
+    gradient = resolve("estimator", options.gradient)(log_prob, other)
     return divergence.straight_through(value, gradient)

@@ -15,7 +15,7 @@ from mmgrpo.playground.digits import Split, load_digits
 
 PATCH = 4
 DIGIT_SIZE = 16
-WIDE_CANVAS = (32, 64)
+WIDE_CANVAS = (24, 56)
 SMALL_CANVAS = (24, 24)
 SEPARATE_SHARE = 0.25
 
@@ -36,7 +36,7 @@ QUESTIONS: dict[str, tuple[str, Callable[[Sequence[int]], str], Callable[[Sequen
 
 @dataclass(frozen=True)
 class Scene:
-    """Two or three digits at random places, and a question about them.
+    """Two or three digits at random places, and a question about them; sums are of two.
 
     Attributes:
         digits: The digits from left to right, or from the first image to the last.
@@ -82,7 +82,8 @@ def _split(name: Split) -> tuple[np.ndarray, np.ndarray]:
 def draw_scene(rng: np.random.Generator, split: Split) -> Scene:
     """Draws a scene whose digits come from ``split``."""
     labels = _split(split)[1]
-    count = int(rng.integers(2, 4))
+    question = str(rng.choice(list(QUESTIONS)))
+    count = 2 if question == "sum" else int(rng.integers(2, 4))
     pictures = tuple(rng.integers(0, len(labels), size=count).tolist())
     separate = bool(rng.random() < SEPARATE_SHARE)
     return Scene(
@@ -90,7 +91,7 @@ def draw_scene(rng: np.random.Generator, split: Split) -> Scene:
         pictures=pictures,
         places=_draw_places(rng, count, separate),
         separate=separate,
-        question=str(rng.choice(list(QUESTIONS))),
+        question=question,
     )
 
 

@@ -1,1 +1,1 @@
-"""Policies: what turns a model folder into log-probabilities of decisions, one file per modality."""
+"""Policies: a model folder becomes log-probabilities of decisions, one file per modality."""

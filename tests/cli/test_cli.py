@@ -195,7 +195,10 @@ def test_the_surface_is_this():
         "methods": {"method_id", "--json"},
         "build": {"task", "--out", "--seed"},
         "quickstart": {"overrides"},
-    }
+        "compare": {
+            "methods", "--task", "--seeds", "--steps", "--set", "--all", "--jobs", "--out",
+        },
+    }  # fmt: skip
 
 
 # -- methods ------------------------------------------------------------------------------------

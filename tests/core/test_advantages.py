@@ -234,6 +234,5 @@ def test_whitening_many_float32_decisions_loses_no_digits():
 
 
 def test_mean_scale_of_the_maxrl_card():
-    assert scaled(advantages.mean_scale, [1.0, 0.0, 0.0, 0.0], [0, 0, 0, 0]).tolist() == pytest.approx(
-        [3, -1, -1, -1]
-    )
+    advantage = scaled(advantages.mean_scale, [1.0, 0.0, 0.0, 0.0], [0, 0, 0, 0])
+    assert advantage.tolist() == pytest.approx([3, -1, -1, -1])

@@ -6,7 +6,7 @@ from method_batches import PRESETS, load_method
 from mmgrpo.config.presets import read_preset
 from mmgrpo.errors import MethodError, UsageError
 from mmgrpo.methods import Method
-from mmgrpo.registry import COMPONENTS, component_names, resolve_component
+from mmgrpo.registry import COMPONENTS, names, resolve
 
 UNKNOWN = [
     ("grpoo", {}, ["unknown method 'grpoo'", "did you mean 'grpo'?"]),
@@ -183,5 +183,5 @@ def test_a_preset_is_short_and_says_what_it_is(name):
 
 @pytest.mark.parametrize("slot", COMPONENTS)
 def test_every_registered_component_exists_and_is_documented(slot):
-    for name in component_names(slot):
-        assert resolve_component(slot, name).__doc__
+    for name in names(slot):
+        assert resolve(slot, name).__doc__
