@@ -10,7 +10,6 @@ from mmgrpo.config import Config
 from mmgrpo.errors import ConfigError, DataError, MethodError, MissingExtraError
 from mmgrpo.methods import Method
 from mmgrpo.protocols import Policy, Prompt
-from mmgrpo.registry import resolve
 
 REFERENCE_NEEDS = frozenset({"ref_log_prob", "ref_prediction"})
 
@@ -24,16 +23,11 @@ def check_method(method: Method, config: Config, world: int = 1) -> None:
         world: number of processes.
 
     Raises:
-        MethodError: the method does not fit the modality, the group size, the number of updates
-            per rollout or the absence of a reference.
+        MethodError: the method does not fit the group size, the number of updates per rollout or
+            the absence of a reference. (Its modality is checked with the configuration.)
         ConfigError: the prompts of a step cannot be divided.
     """
     settings, group_size = config.trainer, config.rollout.group_size
-    if config.modality not in method.modalities:
-        raise MethodError(
-            f"method {method.id} does not fit modality '{config.modality}'; "
-            f"it fits {', '.join(method.modalities)}."
-        )
     if "groups" in method.needs and group_size < 2:
         raise MethodError(
             f"method {method.id} compares the samples of a group, and rollout.group_size is "
@@ -86,14 +80,13 @@ def check_prompts(prompts: list[Prompt], config: Config) -> None:
 
 
 def check_trackers(config: Config) -> None:
-    """Refuse a tracker that does not exist or is not installed.
+    """Refuse a tracker whose package, which it is named after, is not installed.
 
     Raises:
-        UsageError: which one.
+        MissingExtraError: which one.
     """
     for name in config.tracking.trackers:
-        resolve("tracker", name)
-        if find_spec(name) is None:  # a tracker is named after its package
+        if find_spec(name) is None:
             raise MissingExtraError(name, "tracking")
 
 

@@ -73,7 +73,7 @@ def compute_loss(
     penalty, metrics = _regularise(method, log_prob, per_decision, trajectories, evaluation)
     total = denominators(trajectories) if total is None else total
     weight = trajectories.decision_weight.to(dtype)
-    value = method.aggregate(_masked(loss + penalty, mask, dtype), weight, total)
+    value = method.aggregate(loss + penalty, weight, total)
     metrics |= {
         "clip_fraction": (~surrogate.kept).to(dtype),
         "ratio/mean": levelled.exp(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from mmgrpo.playground.digits import Split, load_digits
+from mmgrpo.playground.sft import write_jsonl
 
 PATCH = 4
 DIGIT_SIZE = 16
@@ -158,3 +160,41 @@ def enlarge(picture: np.ndarray, augment: np.random.Generator | None = None) -> 
         picture.astype(np.float32), matrix, offset, (DIGIT_SIZE, DIGIT_SIZE), order=1
     )
     return np.clip(np.rint(enlarged), 0, 255).astype(np.uint8)
+
+
+def draw_scenes(seed: int, split: Split, count: int) -> list[Scene]:
+    """Draws different scenes of one split; scenes of different splits never share a picture."""
+    rng = np.random.default_rng([seed, 2, len(split)])
+    scenes: dict[Scene, None] = {}
+    while len(scenes) < count:
+        scenes[draw_scene(rng, split)] = None
+    return list(scenes)
+
+
+def write_scenes(folder: Path, name: str, scenes: list[Scene], split: Split) -> None:
+    """Writes ``<name>.jsonl`` and the PNG files it refers to.
+
+    Args:
+        folder: Where the file and ``images/`` go.
+        name: Also the first part of the image names.
+        scenes: One row each.
+        split: Where the pictures come from.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows, number = [], 0
+    for scene in scenes:
+        paths = []
+        for image in render(scene, split):
+            paths.append(f"images/{name}-{number:06d}.png")
+            image.save(folder / paths[-1], optimize=True)
+            number += 1
+        rows.append(
+            {
+                "prompt": scene.messages(),
+                "images": paths,
+                "answer": scene.answer,
+                "task": scene.question,
+                "digits": list(scene.digits),
+            }
+        )
+    write_jsonl(folder / f"{name}.jsonl", rows)

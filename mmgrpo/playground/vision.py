@@ -26,7 +26,6 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mmgrpo.playground.digits import Split
 from mmgrpo.playground.scenes import (
     PATCH,
     QUESTIONS,
@@ -34,7 +33,9 @@ from mmgrpo.playground.scenes import (
     WIDE_CANVAS,
     Scene,
     draw_scene,
+    draw_scenes,
     render,
+    write_scenes,
 )
 from mmgrpo.playground.sft import (
     IGNORED_LABEL,
@@ -42,7 +43,6 @@ from mmgrpo.playground.sft import (
     pad_demonstrations,
     save_model_folder,
     supervise,
-    write_jsonl,
 )
 from mmgrpo.playground.tokenizer import build_tokenizer
 
@@ -237,44 +237,6 @@ def train_model(
         progress=progress,
     )
     return model, processor
-
-
-def draw_scenes(seed: int, split: Split, count: int) -> list[Scene]:
-    """Draws different scenes of one split; scenes of different splits never share a picture."""
-    rng = np.random.default_rng([seed, 2, len(split)])
-    scenes: dict[Scene, None] = {}
-    while len(scenes) < count:
-        scenes[draw_scene(rng, split)] = None
-    return list(scenes)
-
-
-def write_scenes(folder: Path, name: str, scenes: list[Scene], split: Split) -> None:
-    """Writes ``<name>.jsonl`` and the PNG files it refers to.
-
-    Args:
-        folder: Where the file and ``images/`` go.
-        name: Also the first part of the image names.
-        scenes: One row each.
-        split: Where the pictures come from.
-    """
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows, number = [], 0
-    for scene in scenes:
-        paths = []
-        for image in render(scene, split):
-            paths.append(f"images/{name}-{number:06d}.png")
-            image.save(folder / paths[-1], optimize=True)
-            number += 1
-        rows.append(
-            {
-                "prompt": scene.messages(),
-                "images": paths,
-                "answer": scene.answer,
-                "task": scene.question,
-                "digits": list(scene.digits),
-            }
-        )
-    write_jsonl(folder / f"{name}.jsonl", rows)
 
 
 def build_vision(

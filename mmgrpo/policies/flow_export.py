@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from mmgrpo.errors import ModelError
 from mmgrpo.policies.adapters import has_adapter
@@ -35,8 +38,25 @@ def save_weights(pipe: Any, network: nn.Module, directory: Path) -> None:
         transformer_lora_layers={
             name.removeprefix(_PEFT_PREFIX): value.contiguous() for name, value in weights.items()
         },
-        transformer_lora_adapter_metadata=config,
+        save_function=partial(_save_for_diffusers, config=config),
     )
+
+
+def _save_for_diffusers(
+    weights: dict[str, Tensor], filename: str, *, config: dict[str, Any]
+) -> None:
+    """Write equal weights as equal bytes.
+
+    Diffusers itself lists sets in the order of the process's hashes, and adds a second entry to the
+    metadata, which safetensors writes in a random order.
+    """
+    options = {f"transformer.{name}": _sorted(value) for name, value in config.items()}
+    metadata = {"lora_adapter_metadata": json.dumps(options, indent=2, sort_keys=True)}
+    save_file(weights, filename, metadata=metadata)
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
 
 
 def load_weights(pipe: Any, network: nn.Module, directory: Path) -> None:

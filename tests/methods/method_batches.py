@@ -11,6 +11,15 @@ from mmgrpo.methods import list_presets, load_method
 from mmgrpo.protocols import Evaluation
 
 PRESETS = list_presets()
+VARIANTS = {
+    "grpo with gdpo": ("grpo", {"reward": {"combine": "gdpo"}}),
+    "grpo whitened by sample": ("grpo", {"advantage": {"whiten": "samples", "unbiased": True}}),
+    "grpo over the batch's centred std": ("grpo", {"advantage": {"scale": "batch_centred"}}),
+    "grpo by segment": ("grpo", {"ratio": {"name": "segment", "product": True}}),
+    "dapo with more clips": ("dapo", {"trust_region": {"dual": 1.6, "delta": 1.9}}),
+    "dr-grpo with entropy": ("dr-grpo", {"regulariser": {"entropy": 0.01}}),
+}
+"""Options that no preset sets, under a name of their own."""
 GROUP_SIZES = (4, 3, 5, 2, 4, 1)
 UNIFORM_GROUP = 11
 """Id of the group whose rewards are all equal."""
@@ -25,6 +34,12 @@ class Batch:
 
     trajectories: Trajectories
     log_prob: torch.Tensor
+
+
+def load_variant(name):
+    """A preset, or one of the variants."""
+    preset, overrides = VARIANTS.get(name, (name, {}))
+    return load_method(preset, **overrides)
 
 
 def make_batch(seed=0, dtype=torch.float64, *, on_policy=False, alone=False):
@@ -81,10 +96,10 @@ def evaluate(method, log_prob, trajectories):
 
     entropy = divergence = None
     if method.request.entropy:
-        entropy = masked(masked(log_prob).exp() / 2, GARBAGE)
+        entropy = masked(masked(log_prob).exp() / 2, torch.nan)
     if method.request.divergence:
         gap = masked(log_prob) - masked(trajectories.ref_log_prob)
-        divergence = masked(gap**2 / 8, GARBAGE)
+        divergence = masked(gap**2 / 8, torch.nan)
     return Evaluation(log_prob=log_prob, entropy=entropy, divergence=divergence)
 
 
@@ -150,18 +165,3 @@ def run_ranks(method, parts):
 
     with ThreadPoolExecutor(len(parts)) as pool:
         return list(pool.map(work, range(len(parts)), parts))
-
-
-__all__ = [
-    "GARBAGE",
-    "PRESETS",
-    "UNIFORM_GROUP",
-    "Batch",
-    "evaluate",
-    "load_method",
-    "loss_and_gradient",
-    "make_batch",
-    "relative_error",
-    "run_ranks",
-    "select",
-]

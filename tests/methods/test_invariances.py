@@ -1,20 +1,24 @@
 """What must not matter to any preset, and what must count once, or not at all."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from method_batches import (
     GARBAGE,
     PRESETS,
+    VARIANTS,
     Batch,
     load_method,
+    load_variant,
     loss_and_gradient,
     make_batch,
     relative_error,
 )
 
 from mmgrpo.core import Trajectories, denominators
+from mmgrpo.methods.components import with_default
 
 COMPARING = [name for name in PRESETS if "groups" in load_method(name).needs]
 SHIFTABLE = [
@@ -34,10 +38,8 @@ def assert_same(found, wanted, columns=slice(None)):
 
 def load(name):
     """With a fixed length limit where the loss is divided by one, as the trainer sets it."""
-    method = load_method(name)
-    if method.component("aggregate") == "constant_norm":
-        method = load_method(name, aggregate={"length": 6})
-    return method
+    method = load_variant(name)
+    return replace(method, aggregate=with_default(method.aggregate, length=6))
 
 
 def widened(batch, extra=3):
@@ -79,7 +81,9 @@ def test_what_lies_off_the_mask_reaches_neither_loss_nor_gradient(name, value):
         ),
         batch.log_prob.masked_fill(off, value),
     )
-    found = loss_and_gradient(method, spoiled)
+    prepared = method.prepare(spoiled.trajectories)
+    outside = prepared.advantage.masked_fill(~prepared.mask, value)
+    found = loss_and_gradient(method, spoiled, prepared.replace(advantage=outside))
     assert_same(found, loss_and_gradient(method, batch))
     assert (found[1][off] == 0).all()
     assert all(math.isfinite(x) for x in found[0].metrics.values())
@@ -110,7 +114,7 @@ def test_equal_rewards_with_float_noise_give_no_advantage_at_all(name, dtype):
     assert (method.prepare(t).advantage == 0).all()
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, *VARIANTS])
 def test_a_sample_to_which_no_reward_applies_is_as_good_as_absent(name):
     method, batch = load(name), make_batch(9)
     t = batch.trajectories

@@ -54,6 +54,12 @@ def test_the_type_of_the_rewards_is_that_of_the_advantages(name, dtype):
     assert prepared.reward.dtype == dtype
 
 
+def test_float32_rewards_far_from_zero_lose_no_digits():
+    rewards = torch.tensor([20_000.0, 20_000.25, 20_000.5, 20_001.25])  # exact in float32
+    wanted = (rewards.double() - rewards.double().mean()).tolist()
+    assert first(load_method("dr-grpo"), batch(rewards)) == pytest.approx(wanted, rel=1e-6)
+
+
 def test_without_rewards_there_is_nothing_to_prepare():
     t = Trajectories(group=torch.zeros(2), mask=torch.ones(2, 1))
     with pytest.raises(ValueError, match="neither rewards nor reward"):
@@ -123,26 +129,29 @@ def test_shaping_sees_the_sum_of_the_rewards_in_order():
     assert found.advantage[:, 0].tolist() == [2, -1]
 
 
-def penalised(name, rewards, **overrides):
+def penalised(name, rewards, overrides, **fields):
     old = torch.full((2, 3), -1.0).double()
     ref = old - torch.tensor([[0.1, 0.2, 0.3], [0, 0, 0.5]])
-    t = batch(rewards, width=3, old_log_prob=old, ref_log_prob=ref)
+    t = batch(rewards, width=3, old_log_prob=old, ref_log_prob=ref, **fields)
     return load_method(name, **overrides).prepare(t)
 
 
 def test_the_penalty_on_the_sample_is_subtracted_once_whatever_the_number_of_rewards():
     for rewards in ([1.0, 0.0], {"a": [0.75, 0], "b": [0.25, 0]}):
-        found = penalised("rloo", rewards, reward={"kl": 0.1})
+        found = penalised("rloo", rewards, {"reward": {"kl": 0.1}})
         assert found.reward.tolist() == pytest.approx([0.94, -0.05])
         assert found.advantage[:, 0].tolist() == pytest.approx([0.99, -0.99])
 
 
 def test_the_penalty_on_decisions_is_a_reward_to_go():
-    found = penalised(
-        "reinforce-pp", [1.0, 0.0], reward={"kl": 0.1}, advantage={"whiten": None}
-    ).advantage
+    overrides = {"reward": {"kl": 0.1}, "advantage": {"whiten": None}}
+    found = penalised("reinforce-pp", [1.0, 0.0], overrides).advantage
     assert found[0].tolist() == pytest.approx([0.94, 0.95, 0.97])
     assert found[1].tolist() == pytest.approx([-0.05, -0.05, -0.05])
+    earned = torch.tensor([[0, 0, 0], [0, 2.0, 0]])
+    found = penalised("reinforce-pp", [1.0, 0.0], overrides, step_reward=earned)
+    assert found.advantage[1].tolist() == pytest.approx([1.95, 1.95, -0.05])
+    assert torch.equal(found.step_reward, earned)
 
 
 def test_the_advantage_is_clipped_where_the_method_says_so():
