@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test test-slow check format clean
+.PHONY: setup quickstart test test-slow test-seeds check format clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
+
+test-seeds: setup
+	$(BIN)/python -m pytest -q -m seeds
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -98,9 +98,12 @@ def place_options(document: dict[str, Any], options: Mapping[str, Any]) -> None:
     """Put every option into its section of ``document``, in place.
 
     Raises:
-        ConfigError: an option that no section has, with the nearest that exists.
+        ConfigError: an unknown modality, or an option that no section has, with the nearest.
     """
-    schema = MODALITIES[document["modality"]].model_fields
+    modality = document["modality"]
+    if modality not in MODALITIES:
+        raise ConfigError(f"unknown modality '{modality}'{nearest(modality, MODALITIES)}")
+    schema = MODALITIES[modality].model_fields
     fields = {
         section: set(schema[section].annotation.model_fields)  # type: ignore[union-attr]
         for section in SECTIONS
