@@ -55,7 +55,7 @@ class Trainer:
     ) -> None:
         folder = isinstance(policy, str | Path)
         modality = options.pop("modality", None) or (
-            infer_modality(Path(policy)) if folder else policy.modality  # type: ignore[arg-type,union-attr]
+            infer_modality(Path(policy).expanduser()) if folder else policy.modality  # type: ignore[arg-type,union-attr]
         )
         rewards = _as_list(reward)
         document = {
@@ -103,7 +103,8 @@ def place_options(document: dict[str, Any], options: Mapping[str, Any]) -> None:
     modality = document["modality"]
     if modality not in MODALITIES:
         raise ConfigError(f"unknown modality '{modality}'{nearest(modality, MODALITIES)}")
-    schema = MODALITIES[modality].model_fields
+    schema = dict(MODALITIES[modality].model_fields)
+    schema.pop("rewards")  # they are the argument ``reward``
     fields = {
         section: set(schema[section].annotation.model_fields)  # type: ignore[union-attr]
         for section in SECTIONS
@@ -116,7 +117,7 @@ def place_options(document: dict[str, Any], options: Mapping[str, Any]) -> None:
         else:
             homes = [section for section in SECTIONS if name in fields[section]]
             if not homes:
-                known = {*schema, *(n for names in fields.values() for n in names)}
+                known = {"reward", *schema, *(n for names in fields.values() for n in names)}
                 raise ConfigError(f"unknown option '{name}'{nearest(name, known)}")
             document.setdefault(homes[0], {})[name] = value
 

@@ -176,9 +176,18 @@ class RolloutEngine(Protocol):
     """Decisions that a sample may have and that its prompt must leave in the model's context."""
 
     def generate(
-        self, prompts: Sequence[Prompt], *, group_size: int, seed: int, version: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        seed: int,
+        version: int = 0,
+        iteration: int = 0,
     ) -> Rollout:
         """Sample ``group_size`` generations per prompt.
+
+        ``version`` counts the updates of the weights; ``iteration`` is the training step, from 0,
+        which what changes in the course of training follows.
 
         Sample g of prompt p depends only on (seed, p.index, g) and the weights, never on which
         other prompts are in the batch. ``trajectories.group`` is ``prompt.index``.

@@ -30,7 +30,9 @@ def write_models(folder):
 def _write_text(folder):
     model, tokenizer = tiny_text()
     _save(folder, model, tokenizer)
-    rows = [{"prompt": f"{a}+{b * 7}=", "answer": str(a + b * 7)} for a in range(6) for b in (1, 22)]
+    rows = [
+        {"prompt": f"{a}+{b * 7}=", "answer": str(a + b * 7)} for a in range(6) for b in (1, 22)
+    ]
     _write_rows(folder, rows)
 
 

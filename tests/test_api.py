@@ -101,7 +101,11 @@ def test_options_reach_their_sections(models, tmp_path):
     config = made.config
     assert config.method.overrides == {"advantage": {"scale": "none"}}
     assert made.parts.method.advantage.scale == "none"
-    assert (config.rollout.temperature, config.rollout.top_k, config.rollout.group_size) == (0.5, 5, 4)
+    assert (config.rollout.temperature, config.rollout.top_k, config.rollout.group_size) == (
+        0.5,
+        5,
+        4,
+    )
     assert (config.trainer.minibatches, config.trainer.ema_decay) == (2, 0.9)
     assert config.model.lora.rank == 2
     assert (config.eval.every, config.seed, config.reward_failure) == (7, 9, "drop")
@@ -175,6 +179,7 @@ def test_a_judge_and_held_out_prompts(models, tmp_path):
     ("options", "error", "parts"),
     [
         ({"learning_rat": 1e-3}, ConfigError, ["unknown option 'learning_rat'", "learning_rate"]),
+        ({"rewards": characters}, ConfigError, ["'rewards'", "did you mean 'reward'"]),
         ({"groupsize": 3}, ConfigError, ["'groupsize'", "did you mean 'group_size'"]),
         ({"method": "dappo"}, UsageError, ["dappo", "did you mean 'dapo'"]),
         ({"method": "flow-grpo"}, UsageError, ["flow-grpo", "text"]),

@@ -166,15 +166,23 @@ class AutoregressiveEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Prompt], *, group_size: int, seed: int, version: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        seed: int,
+        version: int = 0,
+        iteration: int = 0,
     ) -> Rollout:
         """Sample ``group_size`` completions per prompt.
 
-        Sample g of prompt p depends only on (seed, p.index, g) and the weights.
+        Sample g of prompt p depends only on (seed, p.index, g) and the weights; nothing follows
+        ``iteration``.
 
         Raises:
             DataError: a prompt that cannot be encoded or is too long.
         """
+        del iteration
         forwards = self.policy.forwards
         encoded = self.policy.encode(prompts, max_new_tokens=self.room)
         streams = [(prompt.index, sample) for prompt in prompts for sample in range(group_size)]

@@ -67,7 +67,11 @@ def sample(parts: Parts, state: State, config: Config, report: Report) -> Collec
         seed, first = mix_seed(config.seed, state.draws), state.draws * size + rank * size // world
         state.draws += 1
         rollout = parts.engine.generate(
-            prompts, group_size=config.rollout.group_size, seed=seed, version=state.updates
+            prompts,
+            group_size=config.rollout.group_size,
+            seed=seed,
+            version=state.updates,
+            iteration=state.step,
         )
         report.cost(rollout.cost)
         greedy = None

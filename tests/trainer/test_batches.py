@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from mmgrpo.core.collective import LOCAL, Collective
 from mmgrpo.core.trajectories import Trajectories
+from mmgrpo.errors import RewardError
 from mmgrpo.protocols import Prompt, Sample
 from mmgrpo.trainer.batches import choose_groups, micro_batches, minibatches, trained
 from mmgrpo.trainer.distributed import together
-from mmgrpo.errors import RewardError
 from mmgrpo.trainer.parts import Collected
 
 
@@ -53,7 +53,9 @@ def rollout(groups, reward=None):
     """One sample per entry of ``groups``."""
     group = torch.tensor(groups)
     rewards = torch.arange(len(groups)).float() if reward is None else torch.tensor(reward)
-    samples = [Sample(Prompt(index, "x"), completion=str(place)) for place, index in enumerate(groups)]
+    samples = [
+        Sample(Prompt(index, "x"), completion=str(place)) for place, index in enumerate(groups)
+    ]
     mask = torch.ones(len(groups), 2, dtype=torch.bool)
     return Collected(Trajectories(group=group, mask=mask, rewards={"r": rewards}), samples)
 
@@ -129,7 +131,9 @@ def test_ranks_choose_as_one_process_would(flags, count):
     kept = [
         group
         for one in chosen
-        for group, on in zip(one.trajectories.group.tolist(), one.trajectories.mask[:, 0], strict=True)
+        for group, on in zip(
+            one.trajectories.group.tolist(), one.trajectories.mask[:, 0], strict=True
+        )
         if on
     ]
     assert sorted(kept) == sorted(whole.trajectories.group.tolist())

@@ -11,7 +11,10 @@ from mmgrpo.trainer.optim import Optimizer, learning_rate_at
 
 def parameters(dtype, seed=0):
     torch.manual_seed(seed)
-    return {"a": nn.Parameter(torch.randn(5, 3).to(dtype)), "b": nn.Parameter(torch.randn(4).to(dtype))}
+    return {
+        "a": nn.Parameter(torch.randn(5, 3).to(dtype)),
+        "b": nn.Parameter(torch.randn(4).to(dtype)),
+    }
 
 
 def set_gradients(parameters, seed):
@@ -46,7 +49,9 @@ def test_it_is_adamw(dtype):
         optim.step(rate)
         assert params["a"].grad is None
     expected = adamw(start, gradients, rates, betas=(0.9, 0.99), weight_decay=0.1)
-    torch.testing.assert_close(optim.state_dict()["weight/a"].double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        optim.state_dict()["weight/a"].double(), expected, rtol=1e-5, atol=1e-6
+    )
     assert torch.equal(params["a"], optim.state_dict()["weight/a"].to(dtype))
 
 

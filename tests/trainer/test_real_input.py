@@ -187,7 +187,11 @@ def test_a_pipeline_of_other_code_trains_and_opens_with_diffusers(pipeline, prom
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000002"
     pipe = StableDiffusion3Pipeline.from_pretrained(checkpoint / "hf", **ABSENT)
     policy = policy_of(
-        "image/sd3.5-medium-lora", checkpoint, "model.dtype=float32", f"model.path={pipeline}", *more
+        "image/sd3.5-medium-lora",
+        checkpoint,
+        "model.dtype=float32",
+        f"model.path={pipeline}",
+        *more,
     )
     assert torch.equal(velocity_of(pipe.transformer), velocity_of(policy.network))
     first = StableDiffusion3Pipeline.from_pretrained(pipeline, **ABSENT).transformer
@@ -205,7 +209,11 @@ def test_its_adapter_opens_with_peft_and_with_diffusers(pipeline, prompts, tmp_p
     assert train_sd35(pipeline, prompts, tmp_path / "run", *more) == 0
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000002"
     policy = policy_of(
-        "image/sd3.5-medium-lora", checkpoint, "model.dtype=float32", f"model.path={pipeline}", *more
+        "image/sd3.5-medium-lora",
+        checkpoint,
+        "model.dtype=float32",
+        f"model.path={pipeline}",
+        *more,
     )
     expected = velocity_of(policy.network)
 
@@ -232,7 +240,8 @@ def test_the_average_is_what_is_evaluated_and_exported(pipeline, prompts, tmp_pa
     for name, value in averages.items():
         assert torch.equal(exported[name], value)
     assert any(
-        not torch.equal(state[f"optimizer/weight/{name}"], value) for name, value in averages.items()
+        not torch.equal(state[f"optimizer/weight/{name}"], value)
+        for name, value in averages.items()
     )
     config = load_config(tmp_path / "run" / "config.yaml")
     again = build.evaluate(config, checkpoint)

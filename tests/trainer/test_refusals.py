@@ -13,7 +13,11 @@ from mmgrpo.methods import load_method
 from mmgrpo.plan import check_method
 from mmgrpo.trainer.run_folder import checkpoints
 
-QUICK = {"trainer": {"steps": 1}, "rollout": {"prompts_per_step": 2}, "model": {"lora": {"rank": 2}}}
+QUICK = {
+    "trainer": {"steps": 1},
+    "rollout": {"prompts_per_step": 2},
+    "model": {"lora": {"rank": 2}},
+}
 
 
 def text(models, run_dir, **changes):

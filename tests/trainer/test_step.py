@@ -59,7 +59,9 @@ def test_a_temperature_that_differs_is_noticed(models, tmp_path, monkeypatch):
         rollout = generate(*arguments, **options)
         payload = rollout.trajectories.payload
         payload = dataclasses.replace(payload, temperature=payload.temperature * 0.8)
-        return dataclasses.replace(rollout, trajectories=rollout.trajectories.replace(payload=payload))
+        return dataclasses.replace(
+            rollout, trajectories=rollout.trajectories.replace(payload=payload)
+        )
 
     monkeypatch.setattr(parts.engine, "generate", colder)
     with pytest.warns(UserWarning, match="ratio deviates from 1 by .*temperature") as caught:
@@ -82,7 +84,9 @@ def test_the_tolerance_depends_on_the_dtype(dtype, deviation, warned):
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_bfloat16_stays_within_its_tolerance(models, tmp_path, modality):
     config = load_config(
-        document(models, modality, tmp_path / "run", model={"dtype": "bfloat16"}, trainer={"steps": 1})
+        document(
+            models, modality, tmp_path / "run", model={"dtype": "bfloat16"}, trainer={"steps": 1}
+        )
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -133,14 +137,19 @@ def test_groups_without_spread_are_replaced(models, tmp_path):
 
     def with_spread(trajectories):
         score = parts.method.score(trajectories)
-        return sum(float(score[trajectories.group == g].std()) > 0 for g in trajectories.group.unique())
+        return sum(
+            float(score[trajectories.group == g].std()) > 0 for g in trajectories.group.unique()
+        )
 
     assert with_spread(collected.trajectories) > with_spread(first.trajectories)
 
 
 def test_a_prompt_that_is_drawn_twice_in_a_step_makes_two_groups(models, tmp_path):
     """Twelve rows, all of them in every round."""
-    changes = {"rewards": [f"{REWARDS}:rarely"], "rollout": {"prompts_per_step": 12, "group_size": 2}}
+    changes = {
+        "rewards": [f"{REWARDS}:rarely"],
+        "rollout": {"prompts_per_step": 12, "group_size": 2},
+    }
     parts, config = assemble(models, "text", tmp_path, method="dapo", **changes)
     state = State()
     collected = collect(parts, state, config, Report())

@@ -79,7 +79,9 @@ def train_both(models, cases, tmp_path):
 
 
 def compare(one, two):
-    for first, second in zip(metrics_of(one, without=OWN), metrics_of(two, without=OWN), strict=True):
+    for first, second in zip(
+        metrics_of(one, without=OWN), metrics_of(two, without=OWN), strict=True
+    ):
         assert first.keys() == second.keys()
         for name, value in first.items():
             expected = value if value is None else pytest.approx(value, rel=1e-5, abs=1e-6)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmgrpo.core.diffusion.windows import Pace, window_start
 from mmgrpo.core.seeding import generator
 
 
@@ -40,11 +41,13 @@ class Steps:
         count: T, the number of denoising steps.
         seed: names the rollout: what is drawn once for all samples comes from it.
         sample_seeds: ``[B]``, what is drawn per sample comes from the sample's own.
+        iteration: training iteration, from 0; windows that move follow it.
     """
 
     count: int
     seed: int
     sample_seeds: Sequence[int]
+    iteration: int = 0
 
     def shared(self, start: int, stop: int) -> Selection:
         """Train steps ``start`` to ``stop - 1`` of every sample."""
@@ -109,18 +112,61 @@ def window(
     return steps.shared(start, min(start + width, trainable))
 
 
+def moving_window(
+    steps: Steps,
+    *,
+    width: int,
+    stride: int = 1,
+    pace: str = "constant",
+    interval: int = 25,
+    rate: float = 0.1,
+    threshold: int = 13,
+    last: int | None = None,
+) -> Selection:
+    """Consecutive steps draw noise and are trained, moving with training (MixGRPO, 2507.21802).
+
+    The window is a pure function of the training iteration, the same for all samples and ranks.
+
+    Args:
+        steps: what the selection is made for.
+        width: number of steps; cut off at ``last``.
+        stride: steps that the window moves by.
+        pace: how long the window stays, a name in
+            :data:`mmgrpo.core.diffusion.windows.PACES`.
+        interval: iterations that the window stays at its first place, tau.
+        rate: of the ``exponential`` pace, per step.
+        threshold: first step from which the ``exponential`` pace hurries.
+        last: end of the range of steps; T - 2 if None, as the authors have it.
+    """
+    end = steps.count - 2 if last is None else last
+    if width < 1 or not 0 < end <= steps.count - 1:
+        raise ValueError(
+            f"expected width >= 1 and 0 < last <= {steps.count - 1} (T - 1); "
+            f"got width {width}, last {end} (T - 2 where none is given)."
+        )
+    times = Pace(end, interval, rate, threshold)
+    start = window_start(steps.iteration, times, stride=stride, pace=pace)
+    return steps.shared(start, min(start + width, end))
+
+
 SELECTORS: Mapping[str, Callable[..., Selection]] = MappingProxyType(
     {
         "all_but_last": all_but_last,
         "random_fraction": random_fraction,
         "single": single,
         "window": window,
+        "moving_window": moving_window,
     }
 )
 
 
 def select_steps(
-    selection: Mapping[str, Any], num_steps: int, *, seed: int, sample_seeds: Sequence[int]
+    selection: Mapping[str, Any],
+    num_steps: int,
+    *,
+    seed: int,
+    sample_seeds: Sequence[int],
+    iteration: int = 0,
 ) -> Selection:
     """Return the steps that a rollout of B samples makes stochastic and trains.
 
@@ -130,6 +176,7 @@ def select_steps(
         seed: names the rollout: what is drawn once for all samples comes from it.
         sample_seeds: ``[B]``, what is drawn per sample comes from the sample's own, so that the
             result does not depend on the batch.
+        iteration: training iteration, from 0; windows that move follow it.
 
     Raises:
         ValueError: unknown kind or option, or a selection without a step.
@@ -140,7 +187,7 @@ def select_steps(
         raise ValueError(f"unknown selection '{kind}'; valid: {', '.join(SELECTORS)}.")
     if num_steps < 2:
         raise ValueError(f"a stochastic rollout needs at least 2 steps; got {num_steps}.")
-    steps = Steps(num_steps, seed, sample_seeds)
+    steps = Steps(num_steps, seed, sample_seeds, iteration)
     signature = inspect.signature(SELECTORS[kind])
     try:
         signature.bind(steps, **options)
