@@ -1,14 +1,14 @@
 """Every error a user can meet, and the exit code it ends the command line with.
 
-    MmgrpoError            1   something failed while running
-      UsageError           2   the input is wrong; raised before anything is written
-        ConfigError        2   a configuration key or value
-        DataError          2   a data file, row or image
-        MethodError        2   a method preset or one of its options
-        ModelError         2   a model folder that is missing or does not fit
-        MissingExtraError  2   an optional dependency that is not installed
-      RewardError          1   a reward function raised, timed out or returned NaN
-      Interrupted        130   Ctrl-C: the step was finished and saved
+MmgrpoError            1   something failed while running
+  UsageError           2   the input is wrong; raised before anything is written
+    ConfigError        2   a configuration key or value
+    DataError          2   a data file, row or image
+    MethodError        2   a method preset or one of its options
+    ModelError         2   a model folder that is missing or does not fit
+    MissingExtraError  2   an optional dependency that is not installed
+  RewardError          1   a reward function raised, timed out or returned NaN
+  Interrupted        130   Ctrl-C: the step was finished and saved
 """
 
 from __future__ import annotations

@@ -29,12 +29,19 @@ class Prompt:
             when indexed, so a large data set costs its compressed bytes only. With images, the
             content is always chat messages with exactly one ``{"type": "image"}`` part for each.
         columns: every other column of the row; the rewards receive them.
+        source: where the row stands (``file:line``), for error messages.
     """
 
     index: int
     content: str | list[Message]
     images: Sequence[Image] = ()
     columns: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    @property
+    def place(self) -> str:
+        """How an error names the row."""
+        return self.source or f"Row {self.index}"
 
 
 @dataclass(frozen=True)

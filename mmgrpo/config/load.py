@@ -43,7 +43,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     for override in sorted(overrides, key=lambda item: item.partition("=")[0].count(".")):
         path, value = parse_override(override)
         apply_override(data, path, value)
-        origins[tuple(path)] = COMMAND_LINE
+        key = tuple(path)
+        origins = {at: where for at, where in origins.items() if at[: len(key)] != key}
+        origins[key] = COMMAND_LINE
     return _validate(data, origins, base)
 
 

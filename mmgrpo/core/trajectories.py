@@ -50,6 +50,8 @@ class Trajectories:
         baseline_reward: ``[B]`` reward of the group's greedy sample.
         advantage: ``[B, T]``, constants.
         weight: ``[B, T]`` how much a decision counts (1 / multiplicity for shared nodes).
+        step_std: ``[B, T]`` standard deviation of a denoising step's Gaussian.
+        step_length: ``[B, T]`` how far the noise level falls in a denoising step, -dt.
         segment: ``[B, T]`` int64 span ids within the row (sentence, turn, tree depth).
         node: ``[B, T]`` int64 decision ids; equal ids are one and the same decision.
         stratum, variant: ``[B]`` int64 sub-groups.
@@ -74,6 +76,8 @@ class Trajectories:
     baseline_reward: Tensor | None = None
     advantage: Tensor | None = None
     weight: Tensor | None = None
+    step_std: Tensor | None = None
+    step_length: Tensor | None = None
     segment: Tensor | None = None
     node: Tensor | None = None
     stratum: Tensor | None = None
@@ -193,7 +197,7 @@ class Trajectories:
 
 _PER_DECISION = (
     "old_log_prob", "rollout_log_prob", "ref_log_prob", "entropy", "values", "step_reward",
-    "advantage", "weight", "segment", "node", "old_prediction", "ref_prediction",
+    "advantage", "weight", "step_std", "step_length", "segment", "node", "old_prediction", "ref_prediction",
 )  # fmt: skip
 _PER_SAMPLE = ("reward", "baseline_reward", "stratum", "variant", "version", "truncated")
 _PER_ROW = ("group", "mask", *_PER_DECISION, *_PER_SAMPLE)

@@ -67,7 +67,7 @@ class _Reader:
             messages = flatten_text(messages)
         plain = isinstance(content, str) and not column
         final = self._with_system(content if plain else messages)
-        return Prompt(index, final, LazyImages(column) if column else (), values)
+        return Prompt(index, final, LazyImages(column) if column else (), values, row.where)
 
     def _pop_content(self, values: dict[str, Any]) -> Any:
         for name in (self.prompt_column, "messages"):

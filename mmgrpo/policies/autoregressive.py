@@ -42,6 +42,7 @@ class AutoregressivePolicy(TokenEvaluator):
         gradient_checkpointing: bool = False,
         attention: str = "sdpa",
         max_prompt_tokens: int | None = None,
+        head_tile_rows: int | None = None,
         seed: int = 0,
     ) -> None:
         """Load the model and choose what trains.
@@ -57,6 +58,8 @@ class AutoregressivePolicy(TokenEvaluator):
             attention: attention implementation of transformers.
             max_prompt_tokens: a longer prompt is an error; None leaves what the model's context
                 has beside the completion.
+            head_tile_rows: positions to which an evaluation applies the output head at a time, so
+                that the logits of all never exist together; None: by their size; 0: all at once.
             seed: seed of the adapter's initial weights.
 
         Raises:
@@ -81,6 +84,7 @@ class AutoregressivePolicy(TokenEvaluator):
             network,
             forbidden=self._forbidden_ids(model),
             checkpointing=gradient_checkpointing,
+            head_tile_rows=head_tile_rows,
         )
         self._reference = make_reference(reference, network, decay=reference_decay)
         self.reference_weights: Weights = self._reference
@@ -159,13 +163,13 @@ class AutoregressivePolicy(TokenEvaluator):
         if not 0 < count <= min(limits, default=count):
             size = f"has {count} tokens, and at most {min(limits)} fit" if count else "is empty"
             raise DataError(
-                f"Row {prompt.index}: the prompt {size}; prompts are never cut, so change the "
+                f"{prompt.place}: the prompt {size}; prompts are never cut, so change the "
                 "row, max_prompt_tokens or max_new_tokens."
             )
 
     def _encode(self, prompt: Prompt) -> EncodedPrompt:
         if prompt.images:
-            raise DataError(f"Row {prompt.index}: the prompt has images, and this is a text model.")
+            raise DataError(f"{prompt.place}: the prompt has images, and this is a text model.")
         text = self._render(prompt)
         plain = isinstance(prompt.content, str)  # a chat template writes the special tokens itself
         ids = self.tokenizer(text, add_special_tokens=plain)["input_ids"]
@@ -176,7 +180,7 @@ class AutoregressivePolicy(TokenEvaluator):
             return prompt.content
         if not getattr(self.processing, "chat_template", None):
             raise ModelError(
-                f"Row {prompt.index} is a chat, and this model's tokenizer has no chat template; "
+                f"{prompt.place} is a chat, and this model's tokenizer has no chat template; "
                 "use plain text prompts or a model with one."
             )
         try:
@@ -185,7 +189,7 @@ class AutoregressivePolicy(TokenEvaluator):
             )
         except Exception as error:  # a template is a program that raises anything
             raise DataError(
-                f"Row {prompt.index}: the chat template refuses it: {first_line(error)}"
+                f"{prompt.place}: the chat template refuses it: {first_line(error)}"
             ) from error
 
     def decode(self, ids: Sequence[Sequence[int]], *, special: bool = False) -> list[str]:

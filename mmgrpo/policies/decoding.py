@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class SelectiveHead:
-    """Makes a model's output head compute the logits of chosen positions only.
+    """Makes a model's output head compute the logits of chosen positions only, or of none.
 
     A pre-hook on the head replaces the hidden states ``[B, L, D]`` by the chosen ``[1, N, D]``.
     Whatever the model does to the logits afterwards (scale, soft cap) stays as it is, and the
@@ -23,21 +23,36 @@ class SelectiveHead:
 
     def __init__(self, head: nn.Module) -> None:
         self._keep: Tensor | None = None
+        self._withhold = False
+        self._hidden: Tensor | None = None
         head.register_forward_pre_hook(self._gather)
 
     @contextmanager
-    def keeping(self, keep: Tensor | None) -> Iterator[None]:
-        """Within the context, logits are ``[1, N, V]``, of the N positions in ``keep [B, L]``."""
-        self._keep = keep
+    def keeping(self, keep: Tensor | None, *, withhold: bool = False) -> Iterator[None]:
+        """Within the context, logits are ``[1, N, V]``, of the N positions in ``keep [B, L]``.
+
+        With ``withhold`` they are ``[1, 0, V]``, and :meth:`take_hidden` returns what was kept.
+        """
+        self._keep, self._withhold = keep, withhold
         try:
             yield
         finally:
-            self._keep = None
+            self._keep, self._withhold = None, False
+
+    def take_hidden(self) -> Tensor:
+        """Return the ``[N, D]`` hidden states that the head was not given, once."""
+        hidden, self._hidden = self._hidden, None
+        if hidden is None:
+            raise RuntimeError("the model did not call its output head")
+        return hidden
 
     def _gather(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._keep is None:
             return None
-        return (args[0][self._keep][None], *args[1:])
+        kept = args[0][self._keep][None]
+        if self._withhold:
+            self._hidden, kept = kept[0], kept[:, :0]
+        return (kept, *args[1:])
 
 
 class Forward(Protocol):
@@ -46,7 +61,7 @@ class Forward(Protocol):
     def __call__(
         self, keep: Tensor, *, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None
     ) -> tuple[Tensor, Any]:
-        """Return the ``[N, V]`` logits of the N kept positions, and the cache."""
+        """Return the ``[N, V]`` logits (or the head's input) at the N kept positions, the cache."""
         ...
 
 

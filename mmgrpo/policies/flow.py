@@ -151,7 +151,7 @@ class FlowPolicy:
         for prompt in prompts:
             if not isinstance(prompt.content, str) or prompt.images:
                 raise DataError(
-                    f"Row {prompt.index}: an image model takes plain text prompts; got "
+                    f"{prompt.place}: an image model takes plain text prompts; got "
                     f"{'images' if prompt.images else 'chat messages'}."
                 )
 

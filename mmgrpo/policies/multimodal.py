@@ -88,11 +88,11 @@ class VisionLanguagePolicy(AutoregressivePolicy):
             encoded = None
         except (IndexError, TypeError, ValueError) as error:
             raise DataError(
-                f"Row {prompt.index}: the processor refuses it: {first_line(error)}"
+                f"{prompt.place}: the processor refuses it: {first_line(error)}"
             ) from error
         if encoded is None:
             raise DataError(
-                f"Row {prompt.index}: the text has more image placeholders than the "
+                f"{prompt.place}: the text has more image placeholders than the "
                 f"{len(prompt.images)} images of the row."
             )
         return self._split(prompt, dict(encoded))
@@ -121,7 +121,7 @@ class VisionLanguagePolicy(AutoregressivePolicy):
         found = int(torch.isin(ids, self._forbidden.to(ids.device)).sum())
         if expected is not None and found != expected:
             raise DataError(
-                f"Row {prompt.index}: the prompt has {found} image tokens, and its "
+                f"{prompt.place}: the prompt has {found} image tokens, and its "
                 f"{len(prompt.images)} images make {expected} features; each image needs one "
                 "placeholder in the text."
             )
@@ -163,6 +163,6 @@ def _check_image_parts(prompt: Prompt) -> None:
     count = sum(part.get("type") == "image" for part in parts)
     if count != len(prompt.images):
         raise DataError(
-            f"Row {prompt.index}: the messages have {count} image parts and the row has "
+            f"{prompt.place}: the messages have {count} image parts and the row has "
             f"{len(prompt.images)} images."
         )

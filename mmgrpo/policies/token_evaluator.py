@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import MethodError, ModelError
 from mmgrpo.policies.decoding import (
+    Forward,
     SelectiveHead,
     TokenState,
     continue_positions,
@@ -24,7 +26,13 @@ from mmgrpo.policies.decoding import (
     text_positions,
 )
 from mmgrpo.policies.loading import enable_checkpointing, first_line, silence_dropout
-from mmgrpo.policies.token_logits import TokenReading, read_tokens
+from mmgrpo.policies.token_logits import (
+    TILE_ELEMENTS,
+    TokenReading,
+    finish_logits,
+    read_hidden,
+    read_tokens,
+)
 from mmgrpo.policies.token_payload import EncodedPrompt, TokenPayload, TokenPrompts, pad_right
 from mmgrpo.protocols import Evaluation, Request
 
@@ -50,7 +58,13 @@ class TokenEvaluator:
     """
 
     def __init__(
-        self, model: Any, network: nn.Module, *, forbidden: tuple[int, ...], checkpointing: bool
+        self,
+        model: Any,
+        network: nn.Module,
+        *,
+        forbidden: tuple[int, ...],
+        checkpointing: bool,
+        head_tile_rows: int | None = None,
     ) -> None:
         """Find out how the model can be called.
 
@@ -60,6 +74,8 @@ class TokenEvaluator:
             forbidden: token ids that can never be sampled.
             checkpointing: whether evaluations that need a gradient compute activations twice;
                 transformers then has no cache, and prompts are read once per completion.
+            head_tile_rows: an evaluation applies the output head to this many positions at a time;
+                None: as many as make ``TILE_ELEMENTS`` logits; 0: to all of them at once.
         """
         self.model = model
         self.network = network
@@ -68,6 +84,8 @@ class TokenEvaluator:
         self._forbidden = torch.tensor(forbidden, dtype=torch.int64)
         self._accepted = inspect.signature(model.forward).parameters
         self._head = SelectiveHead(model.get_output_embeddings())
+        self._finish = finish_logits(model.config.get_text_config())
+        self._tile_rows = head_tile_rows
         silence_dropout(model)
         if checkpointing:
             enable_checkpointing(model)
@@ -87,15 +105,18 @@ class TokenEvaluator:
 
     def begin(self, prompts: TokenPrompts) -> TokenState:
         """Read the prompts, one row each."""
+        return self._begin(prompts, self._forward)
+
+    def _begin(self, prompts: TokenPrompts, forward: Forward) -> TokenState:
         keep = torch.zeros_like(prompts.mask)
         keep[:, -1] = True
         inputs = prompts.inputs()
         positions = self._positions(prompts, inputs)
-        logits, cache = self._forward(
+        logits, cache = forward(
             keep, ids=prompts.ids, mask=prompts.mask, positions=positions, inputs=inputs
         )
         return TokenState(
-            self._forward, cache=cache, mask=prompts.mask, positions=positions, logits=logits
+            forward, cache=cache, mask=prompts.mask, positions=positions, logits=logits
         )
 
     def evaluate(self, trajectories: Trajectories, request: Request = PLAIN_REQUEST) -> Evaluation:
@@ -105,25 +126,27 @@ class TokenEvaluator:
             MethodError: a divergence or a prediction is requested.
         """
         twice = self._checkpointing and torch.is_grad_enabled()
-        shared = self._shares_prompts and not twice
-        return _evaluate(trajectories, request, self._read_shared if shared else self._read_plain)
+        read = self._read_shared if self._shares_prompts and not twice else self._read_plain
+        return _evaluate(trajectories, request, partial(read, tiled=self._tiled))
 
     def evaluate_plain(
         self, trajectories: Trajectories, request: Request = PLAIN_REQUEST
     ) -> Evaluation:
-        """Like :meth:`evaluate`, with the prompt read again for each completion."""
+        """Like :meth:`evaluate`, with the prompt read again for each completion, all logits kept."""
         return _evaluate(trajectories, request, self._read_plain)
 
-    def _read_shared(self, payload: TokenPayload, keep: Tensor, entropy: bool) -> TokenReading:
+    def _read_shared(
+        self, payload: TokenPayload, keep: Tensor, entropy: bool, *, tiled: bool = False
+    ) -> TokenReading:
         """Read each prompt once, then all completions on its cache; ``[B, W]`` results."""
-        state = self.begin(payload.prompts)
+        state = self._begin(payload.prompts, partial(self._forward, hidden=tiled))
         state.select(payload.prompt_row)
-        first = self._place(state.logits[keep[:, 0]], payload, keep[:, :1], 0, entropy)
+        first = self._place(state.logits[keep[:, 0]], payload, keep[:, :1], 0, entropy, tiled)
         width = keep.shape[1]
         if width == 1:
             return first
         logits = state.advance(payload.completion_ids[:, : width - 1], keep[:, 1:])
-        rest = self._place(logits, payload, keep[:, 1:], 1, entropy)
+        rest = self._place(logits, payload, keep[:, 1:], 1, entropy, tiled)
         return TokenReading(
             torch.cat([first.log_prob, rest.log_prob], dim=1),
             None
@@ -131,7 +154,9 @@ class TokenEvaluator:
             else torch.cat([first.entropy, rest.entropy], dim=1),
         )
 
-    def _read_plain(self, payload: TokenPayload, keep: Tensor, entropy: bool) -> TokenReading:
+    def _read_plain(
+        self, payload: TokenPayload, keep: Tensor, entropy: bool, *, tiled: bool = False
+    ) -> TokenReading:
         """Read prompt and completion as one sequence for each row; ``[B, W]`` results."""
         prompts = payload.prompts.select(payload.prompt_row)
         ids = payload.completion_ids[:, : keep.shape[1]]
@@ -148,21 +173,38 @@ class TokenEvaluator:
             positions=torch.cat([positions, follow], dim=-1),
             use_cache=False,
             inputs=inputs,
+            hidden=tiled,
         )
-        return self._place(logits, payload, keep, 0, entropy)
+        return self._place(logits, payload, keep, 0, entropy, tiled)
 
     def _place(
-        self, logits: Tensor, payload: TokenPayload, keep: Tensor, start: int, entropy: bool
+        self,
+        states: Tensor,
+        payload: TokenPayload,
+        keep: Tensor,
+        start: int,
+        entropy: bool,
+        tiled: bool,
     ) -> TokenReading:
-        """Read ``[N, V]`` logits and place the results at the N positions of ``keep [B, W]``."""
+        """Read ``[N, V]`` logits, or what the head makes of ``[N, D]`` hidden states if ``tiled``.
+
+        The results are placed at the N positions of ``keep [B, W]``.
+        """
         ids = payload.completion_ids[:, start : start + keep.shape[1]][keep]
         temperature = payload.temperature[:, None].expand_as(keep)[keep]
-        reading = read_tokens(logits, ids, temperature, self.forbidden, with_entropy=entropy)
+        read = self._tile_reader() if tiled else read_tokens
+        reading = read(states, ids, temperature, self.forbidden, with_entropy=entropy)
         blank = reading.log_prob.new_zeros(keep.shape)
         return TokenReading(
             blank.masked_scatter(keep, reading.log_prob),
             None if reading.entropy is None else blank.masked_scatter(keep, reading.entropy),
         )
+
+    def _tile_reader(self) -> Callable[..., TokenReading]:
+        head = self.model.get_output_embeddings()
+        size = self.model.get_input_embeddings().weight.shape[0]
+        rows = self._tile_rows or max(1, TILE_ELEMENTS // size)
+        return partial(read_hidden, head=lambda hidden: self._finish(head(hidden)), rows=rows)
 
     def _positions(self, prompts: TokenPrompts, inputs: dict[str, Tensor]) -> Tensor:
         """Return the prompts' position ids, ``[P, Lp]`` or ``[axes, P, Lp]``."""
@@ -179,15 +221,19 @@ class TokenEvaluator:
         cache: Any = None,
         use_cache: bool = True,
         inputs: Mapping[str, Tensor] | None = None,
+        hidden: bool = False,
     ) -> tuple[Tensor, Any]:
-        """Call the network once; return the ``[N, V]`` logits at ``keep``, and the cache."""
+        """Call the network once; return the ``[N, V]`` logits at ``keep``, and the cache.
+
+        With ``hidden``, what the output head reads there, ``[N, D]``, in place of the logits.
+        """
         self.forwards += 1
         train = self._checkpointing and not use_cache  # transformers checkpoints in this mode only
         if self.network.training != train:
             self.network.train(train)
         given = {"position_ids": positions} if "position_ids" in self._accepted else {}
         given |= {"past_key_values": cache} if use_cache else {}
-        with self._head.keeping(keep if self._selective else None):
+        with self._head.keeping(keep if self._selective else None, withhold=hidden):
             output = self.network(
                 input_ids=ids,
                 attention_mask=mask.long(),
@@ -195,7 +241,10 @@ class TokenEvaluator:
                 **given,
                 **(inputs or {}),
             )
-        logits = output.logits[0] if self._selective else output.logits[keep]
+        if hidden:
+            logits = self._head.take_hidden()
+        else:
+            logits = output.logits[0] if self._selective else output.logits[keep]
         return logits, output.past_key_values if use_cache else None
 
     @torch.enable_grad()
@@ -223,11 +272,13 @@ class TokenEvaluator:
             return bool(same & (grad.norm() <= tolerance * expected[1].norm()))
 
         tolerance = _TOLERANCE.get(self.model.dtype, 0.3)
-        self._selective = self._shares_prompts = False
+        self._selective = self._shares_prompts = self._tiled = False
         expected = result(self._read_plain)
         self._selective = True
         self._selective = holds(self._read_plain)
         self._shares_prompts = holds(self._read_shared)
+        tiled = partial(self._read_plain, tiled=True)
+        self._tiled = self._tile_rows != 0 and self._selective and holds(tiled)
         if not self._shares_prompts:
             self._check_steps(payload)
         self.forwards = 0

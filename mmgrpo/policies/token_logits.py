@@ -1,11 +1,12 @@
 """From a language model's logits to log-probabilities: the one place, for rollout and training.
 
-Shapes: N decisions, V tokens of the vocabulary.
+Shapes: N decisions, D hidden features, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**26
 """Above this many logits, the float32 softmax is computed in pieces and again in the backward."""
+
+TILE_ELEMENTS = 2**24
+"""Logits in a tile of the output head, unless the number of its rows is given."""
+
+Head = Callable[[Tensor], Tensor]
 
 
 class TokenReading(NamedTuple):
@@ -63,15 +69,76 @@ def read_tokens(
         forbidden: see :func:`allowed_logits`.
         with_entropy: also return the entropies.
     """
-    size = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    if len(ids) <= size:
-        return _read(logits, ids, temperature, forbidden, with_entropy)
-    pieces = zip(logits.split(size), ids.split(size), temperature.split(size), strict=True)
+    rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+    return _read_tiles(_read, logits, ids, temperature, forbidden, with_entropy, rows)
+
+
+def read_hidden(
+    hidden: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    forbidden: Tensor,
+    *,
+    head: Head,
+    rows: int,
+    with_entropy: bool,
+) -> TokenReading:
+    """Return what :func:`read_tokens` returns, without ever holding all the logits.
+
+    The head is applied to ``rows`` positions at a time, and again in the backward pass, so the
+    memory it takes does not grow with N.
+
+    Args:
+        hidden: ``[N, D]`` what the output head reads.
+        ids: see :func:`read_tokens`.
+        temperature: see :func:`read_tokens`.
+        forbidden: see :func:`allowed_logits`.
+        head: turns ``[n, D]`` into ``[n, V]`` logits.
+        rows: positions in a tile, at least 1.
+        with_entropy: also return the entropies.
+    """
+
+    def read(hidden: Tensor, *rest: Any) -> TokenReading:
+        return _read(head(hidden), *rest)
+
+    return _read_tiles(read, hidden, ids, temperature, forbidden, with_entropy, rows)
+
+
+def finish_logits(config: Any) -> Head:
+    """Return what a model does to the output of its head: a scale, then a soft cap.
+
+    Args:
+        config: the configuration of a text model of transformers.
+    """
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
+    factor = (getattr(config, "logit_scale", None) or 1.0) / divisor  # Cohere
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+
+    def finish(logits: Tensor) -> Tensor:
+        logits = logits if factor == 1.0 else logits * factor
+        return (logits / cap).tanh() * cap if cap else logits
+
+    return finish
+
+
+def _read_tiles(
+    read: Callable[..., TokenReading],
+    states: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    forbidden: Tensor,
+    with_entropy: bool,
+    rows: int,
+) -> TokenReading:
+    """Read ``rows`` decisions at a time; with more than one tile, again in the backward."""
+    if len(ids) <= rows:
+        return read(states, ids, temperature, forbidden, with_entropy)
+    tiles = zip(states.split(rows), ids.split(rows), temperature.split(rows), strict=True)
     parts = [
         checkpoint(
-            _read, *piece, forbidden, with_entropy, use_reentrant=False, preserve_rng_state=False
+            read, *tile, forbidden, with_entropy, use_reentrant=False, preserve_rng_state=False
         )
-        for piece in pieces
+        for tile in tiles
     ]
     log_prob = torch.cat([part.log_prob for part in parts])
     return TokenReading(log_prob, torch.cat([p.entropy for p in parts]) if with_entropy else None)

@@ -11,8 +11,9 @@ from importlib.util import find_spec
 HARMLESS = (
     "requires torchvision (not installed); falling back",
     "of type <class 'NoneType'> cannot be saved",
+    "Token indices sequence length is longer",
 )
-"""Remarks on optional parts that a model does not have or that are not needed."""
+"""Remarks on optional parts that are not needed, and on prompts that we refuse ourselves."""
 DEPRECATED_BY_PEFT = ".is_gradient_checkpointing. is deprecated"
 """An attribute of transformers that peft still reads."""
 

@@ -87,7 +87,7 @@ def test_a_prompt_is_read_once_per_evaluation_and_the_head_where_it_counts():
     policy.evaluate(trajectories)
     longest = int(trajectories.payload.prompts.mask.sum(dim=1).max())
     assert read == [(3, longest), (6, 8)]
-    assert head == [3, int(trajectories.mask[:, 1:].sum())]
+    assert [count for count in head if count] == [6, int(trajectories.mask[:, 1:].sum())]
     assert policy.forwards == 2
 
 

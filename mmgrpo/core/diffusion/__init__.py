@@ -12,24 +12,33 @@ from mmgrpo.core.diffusion.schedules import (
 )
 from mmgrpo.core.diffusion.selection import SELECTORS, Selection, select_steps
 from mmgrpo.core.diffusion.solvers import ddim_eta, dpmpp_2m
+from mmgrpo.core.diffusion.suffix import Suffix, respace
+from mmgrpo.core.diffusion.topology import Tree
+from mmgrpo.core.diffusion.windows import PACES, Pace, window_start
 
 __all__ = [
     "DIVERGENCES",
     "KERNELS",
+    "PACES",
     "SELECTORS",
     "STD_FLOOR",
+    "Pace",
     "Selection",
     "StepOutput",
     "StepRule",
+    "Suffix",
+    "Tree",
     "ddim_eta",
     "dpmpp_2m",
     "dynamic_shift",
     "from_scheduler_config",
     "gaussian_log_prob",
     "linear_shift",
+    "respace",
     "sd3_shift",
     "select_steps",
     "step",
     "step_divergence",
     "transition",
+    "window_start",
 ]

@@ -1,0 +1,144 @@
+"""Find plain coloured shapes in a picture: connected areas of one colour, named by their outline."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmgrpo.errors import MissingExtraError
+
+COLOURS: Mapping[str, tuple[int, int, int]] = {
+    "black": (0, 0, 0),
+    "blue": (0, 0, 255),
+    "brown": (139, 69, 19),
+    "gray": (128, 128, 128),
+    "green": (0, 160, 0),
+    "orange": (255, 140, 0),
+    "pink": (255, 150, 190),
+    "purple": (128, 0, 160),
+    "red": (220, 20, 20),
+    "white": (255, 255, 255),
+    "yellow": (250, 230, 30),
+}
+"""The colours that can be asked for: GenEval's ten and gray."""
+
+OUTLINES: Mapping[str, tuple[float, float]] = {
+    "circle": (1.0, math.pi / 4),
+    "square": (1.0, 1.0),
+    "triangle": (1.0, 0.5),
+    "star": (0.472, 0.691),
+    "cross": (0.714, 0.875),
+}
+"""Share of its convex hull that the shape fills, and that the hull fills of the smallest rectangle
+around it: both do not change when the shape is moved, turned or scaled."""
+
+ELONGATED: Mapping[str, str] = {"circle": "ellipse", "square": "rectangle"}
+MAX_ASPECT = 1.25
+"""Longer side over shorter side of the smallest rectangle, up to which these are not elongated."""
+MAX_OUTLINE_DISTANCE = 0.16
+"""Outlines further than this from all in the table belong to no shape."""
+SHAPES = (*OUTLINES, *ELONGATED.values())
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A shape in a picture: its name (None if unknown), colour, centre and area in pixels."""
+
+    name: str | None
+    colour: str
+    x: float
+    y: float
+    area: int
+
+
+def check_scipy() -> None:
+    """Raise MissingExtraError if scipy is not installed."""
+    if importlib.util.find_spec("scipy") is None:
+        raise MissingExtraError("scipy", "playground")
+
+
+def find_shapes(
+    pixels: np.ndarray[Any, Any], *, min_area: float = 0.002, colour_distance: float = 90.0
+) -> list[Shape]:
+    """Return the shapes of a picture, in the order of the colour table and then of reading.
+
+    Args:
+        pixels: ``[H, W, 3]`` RGB, 0 to 255.
+        min_area: smaller areas, as a share of the picture, are no shapes.
+        colour_distance: pixels further from every colour of the table belong to no shape.
+    """
+    labels = _nearest_colour(pixels, colour_distance)
+    border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    background = np.bincount(border, minlength=len(COLOURS) + 1).argmax()
+    return [
+        _measure(mask, colour)
+        for index, colour in enumerate(COLOURS)
+        if index != background
+        for mask in _areas(labels == index, min_area * labels.size)
+    ]
+
+
+def _nearest_colour(pixels: np.ndarray[Any, Any], limit: float) -> np.ndarray[Any, Any]:
+    """``[H, W]`` index into the colours, or their number where none is within the limit."""
+    table = np.array(list(COLOURS.values()), dtype=np.float32)
+    distance = np.linalg.norm(pixels[:, :, None].astype(np.float32) - table, axis=-1)
+    return np.where(distance.min(axis=-1) <= limit, distance.argmin(axis=-1), len(COLOURS))
+
+
+def _areas(mask: np.ndarray[Any, Any], smallest: float) -> Iterator[np.ndarray[Any, Any]]:
+    """The connected areas that are large enough and nowhere-thin, each ``[H, W]`` bool.
+
+    Areas without a 3 x 3 core are the seams between two colours, not shapes.
+    """
+    from scipy import ndimage
+
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    core = set(np.unique(labels[ndimage.binary_erosion(mask, structure=np.ones((3, 3)))]))
+    sizes = np.bincount(labels.ravel())
+    for number in range(1, count + 1):
+        if sizes[number] >= smallest and number in core:
+            yield labels == number
+
+
+def _measure(mask: np.ndarray[Any, Any], colour: str) -> Shape:
+    rows, columns = np.nonzero(mask)
+    area = len(rows)
+    solidity, fill, aspect = outline(mask)
+    distances = {
+        name: math.hypot(solidity - known[0], fill - known[1]) for name, known in OUTLINES.items()
+    }
+    best = min(distances, key=distances.__getitem__)
+    name: str | None = best if distances[best] <= MAX_OUTLINE_DISTANCE else None
+    if aspect > MAX_ASPECT and best in ELONGATED:
+        name = ELONGATED[best] if name else None
+    return Shape(name, colour, float(columns.mean() + 0.5), float(rows.mean() + 0.5), area)
+
+
+def outline(mask: np.ndarray[Any, Any]) -> tuple[float, float, float]:
+    """Return how the area fills its convex hull, how that fills its rectangle, and the aspect.
+
+    Args:
+        mask: ``[H, W]`` bool, one connected area.
+    """
+    from scipy.spatial import ConvexHull
+
+    rows, columns = np.nonzero(mask)
+    corners = np.concatenate(
+        [np.stack([columns + dx, rows + dy], axis=1) for dx in (0, 1) for dy in (0, 1)]
+    ).astype(np.float64)
+    hull = ConvexHull(corners)
+    points = corners[hull.vertices]
+    # One side of the smallest rectangle around a convex polygon lies on one of the polygon's.
+    edges = np.roll(points, -1, axis=0) - points
+    angles = np.arctan2(edges[:, 1], edges[:, 0])
+    axes = np.stack([np.cos(angles), np.sin(angles)], axis=0)
+    width = np.ptp(points @ axes, axis=0)
+    height = np.ptp(points @ np.stack([-axes[1], axes[0]], axis=0), axis=0)
+    smallest = int((width * height).argmin())
+    sides = sorted((float(width[smallest]), float(height[smallest])))
+    return len(rows) / hull.volume, hull.volume / (sides[0] * sides[1]), sides[1] / sides[0]
