@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from mmgrpo.config import Config, dump_config
 from mmgrpo.config.schema import ImageConfig, Reward, TextConfig
@@ -34,7 +33,7 @@ from mmgrpo.protocols import Policy, Prompt, RolloutEngine, Tracker
 from mmgrpo.registry import load_target, resolve
 from mmgrpo.scoring import NamedReward, RewardRunner, check_modality, load_rewards
 from mmgrpo.tracking import Console, JsonlTracker, write_samples, write_summary
-from mmgrpo.trainer.distributed import EvaluationModule, make_collective
+from mmgrpo.trainer.distributed import EvaluationModule, make_accelerator, make_collective
 from mmgrpo.trainer.evaluate import evaluate as run_evaluation
 from mmgrpo.trainer.loop import fit
 from mmgrpo.trainer.optim import Optimizer
@@ -121,7 +120,8 @@ def assemble(
     """
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
-    accelerator = make_accelerator(config)
+    # A rank may meet no image in a step, and then has no gradient for the vision tower.
+    accelerator = make_accelerator(idle=getattr(config.model, "train_vision", False))
     collective = make_collective(accelerator)
     method = make_method(config)
     check_method(method, config, collective.size)
@@ -160,13 +160,6 @@ def assemble(
         if config.trainer.ema_decay is None
         else Ema(policy.network, config.trainer.ema_decay),
     )
-
-
-def make_accelerator(config: Config) -> Accelerator:
-    """The processes and devices of the run; precision is the policy's own matter."""
-    idle = getattr(config.model, "train_vision", False)  # a rank may meet no image in a step
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=idle)
-    return Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
 
 
 def make_method(config: Config) -> Method:
@@ -232,7 +225,7 @@ def load_policy(config: Config, method: Method, checkpoint: str | Path) -> Polic
     policy = make_policy(config, method, None if config.model.lora else str(folder))
     if config.model.lora is not None:
         policy.load_export(folder)
-    policy.network.to(Accelerator(mixed_precision="no").device)
+    policy.network.to(make_accelerator().device)
     return policy
 
 
@@ -344,6 +337,8 @@ def _flow_engine(policy: Policy, config: ImageConfig, method: Method, mode: str)
             "eta": fixed.eta,
             "selection": dict(fixed.selection),
             "shared_noise": fixed.shared_noise,
+            "tree": fixed.tree,
+            "suffix": fixed.suffix,
             "num_steps": rollout.num_steps,
         },
         "eval": {

@@ -46,15 +46,19 @@ COMPONENTS: dict[str, dict[str, str]] = {
     "credit": {
         "uniform": _CORE + "credit:uniform",
         "reward_to_go": _CORE + "credit:reward_to_go",
+        "step_std": _CORE + "credit:step_std",
+        "inverse_step_length": _CORE + "credit:inverse_step_length",
     },
     "ratio": {
         "token": _CORE + "ratios:token",
         "segment": _CORE + "ratios:segment",
         "sequence": _CORE + "ratios:sequence",
+        "guard": _CORE + "ratios:guard",
     },
     "trust_region": {
         "none": _CORE + "trust_regions:unclipped",
         "ppo_clip": _CORE + "trust_regions:ppo_clip",
+        "divergence_mask": _CORE + "trust_regions:divergence_mask",
     },
     "objective": {
         "policy_gradient": _CORE + "objectives:policy_gradient",

@@ -20,6 +20,9 @@ if __name__ == "rewards":
 REWARDS: dict[str, str] = {
     "classifier_score": "mmgrpo.rewards.classifier_score:ClassifierScore",
     "exact_answer": "mmgrpo.rewards.exact_answer:exact_answer",
+    "image_jpeg": "mmgrpo.rewards.image_jpeg:ImageJpeg",
+    "image_ocr": "mmgrpo.rewards.image_ocr:ImageOcr",
+    "image_shapes": "mmgrpo.rewards.image_shapes:ImageShapes",
     "length_penalty": "mmgrpo.rewards.length_penalty:LengthPenalty",
     "math_answer": "mmgrpo.rewards.math_answer:math_answer",
     "multiple_choice": "mmgrpo.rewards.multiple_choice:multiple_choice",

@@ -1,4 +1,4 @@
-"""Whether the coloured shapes that were asked for are in the picture: a verifier without a model."""
+"""Whether the coloured shapes that were asked for are in the picture: no model is needed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ class ImageShapes:
     Range [0, 1], higher is better: ``share`` is the share of conditions met, ``all`` is 1 where all
     are, else 0. Any picture has a score. A row whose ``include`` is null scores None; an entry that
     cannot be understood raises ValueError. Shapes are single-coloured areas on a background, which
-    is the commonest colour along the border. Costs about 10 ms for 256 x 256 pixels, on the CPU.
+    is the commonest colour along the border; outlines that are not in the table get the name of
+    the nearest. Costs about 10 ms for 256 x 256 pixels, on the CPU.
 
     Args:
         reduce: ``share`` or ``all``.
@@ -113,9 +114,7 @@ class ImageShapes:
         if not wanted and not unwanted:
             raise ValueError("include is empty: there is no condition to meet")
         pixels = np.asarray(image.convert("RGB"))
-        shapes = find_shapes(
-            pixels, min_area=self.min_area, colour_distance=self.colour_distance
-        )
+        shapes = find_shapes(pixels, min_area=self.min_area, colour_distance=self.colour_distance)
         met = [
             condition
             for entry in wanted

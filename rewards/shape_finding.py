@@ -1,4 +1,4 @@
-"""Find plain coloured shapes in a picture: connected areas of one colour, named by their outline."""
+"""Find coloured shapes in a picture: connected areas of one colour, named by their outline."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ around it: both do not change when the shape is moved, turned or scaled."""
 ELONGATED: Mapping[str, str] = {"circle": "ellipse", "square": "rectangle"}
 MAX_ASPECT = 1.25
 """Longer side over shorter side of the smallest rectangle, up to which these are not elongated."""
-MAX_OUTLINE_DISTANCE = 0.16
+MAX_OUTLINE_DISTANCE = 0.2
 """Outlines further than this from all in the table belong to no shape."""
 SHAPES = (*OUTLINES, *ELONGATED.values())
 
@@ -106,9 +106,12 @@ def _areas(mask: np.ndarray[Any, Any], smallest: float) -> Iterator[np.ndarray[A
 
 
 def _measure(mask: np.ndarray[Any, Any], colour: str) -> Shape:
-    rows, columns = np.nonzero(mask)
-    area = len(rows)
-    solidity, fill, aspect = outline(mask)
+    """An outlined shape, or one with another inside it, is what it is when it is filled."""
+    from scipy import ndimage
+
+    filled = ndimage.binary_fill_holes(mask)
+    rows, columns = np.nonzero(filled)
+    solidity, fill, aspect = outline(filled)
     distances = {
         name: math.hypot(solidity - known[0], fill - known[1]) for name, known in OUTLINES.items()
     }
@@ -116,7 +119,9 @@ def _measure(mask: np.ndarray[Any, Any], colour: str) -> Shape:
     name: str | None = best if distances[best] <= MAX_OUTLINE_DISTANCE else None
     if aspect > MAX_ASPECT and best in ELONGATED:
         name = ELONGATED[best] if name else None
-    return Shape(name, colour, float(columns.mean() + 0.5), float(rows.mean() + 0.5), area)
+    return Shape(
+        name, colour, float(columns.mean() + 0.5), float(rows.mean() + 0.5), int(mask.sum())
+    )
 
 
 def outline(mask: np.ndarray[Any, Any]) -> tuple[float, float, float]:

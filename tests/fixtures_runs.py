@@ -134,7 +134,7 @@ def metrics_of(run_dir, *, without=("time/",)):
 
 def weight_bytes(run_dir):
     """The exported weights of the newest checkpoint: relative name -> bytes."""
-    newest = sorted((Path(run_dir) / "checkpoints").glob("step_*"))[-1]
+    newest = max((Path(run_dir) / "checkpoints").glob("step_*"))
     files = sorted(newest.rglob("*.safetensors"))
     assert files
     return {file.relative_to(newest).as_posix(): file.read_bytes() for file in files}

@@ -33,6 +33,31 @@ def reward_to_go(advantage: Tensor, trajectories: Trajectories, *, gamma: float 
     return returns * mask
 
 
+def step_std(advantage: Tensor, trajectories: Trajectories) -> Tensor:
+    """Noisier denoising steps carry more: A s_t / mean s (TempFlow-GRPO, arXiv:2508.04324).
+
+    The mean is over all steps of the schedule that can draw noise, trained in this sample or not.
+    """
+    std = _step_field(trajectories, "step_std").to(advantage.dtype)
+    count = (std > 0).sum(dim=1, keepdim=True).clamp_min(1)
+    scale = std / (std.sum(dim=1, keepdim=True) / count).clamp_min(1e-12)
+    return advantage[:, None] * scale * trajectories.mask
+
+
+def inverse_step_length(advantage: Tensor, trajectories: Trajectories) -> Tensor:
+    """A / (-dt): every denoising step's gradient gets one size (GRPO-Guard, arXiv:2510.22319)."""
+    length = _step_field(trajectories, "step_length").to(advantage.dtype)
+    safe = torch.where(trajectories.mask, length, torch.ones_like(length))
+    return advantage[:, None] / safe * trajectories.mask
+
+
+def _step_field(trajectories: Trajectories, name: str) -> Tensor:
+    value: Tensor | None = getattr(trajectories, name)
+    if value is None:
+        raise ValueError(f"this credit is for denoising steps: it needs trajectories.{name}")
+    return value
+
+
 def node_mean(value: Tensor, trajectories: Trajectories) -> Tensor:
     """Average ``value [B, T]`` over the rows of a group that share a decision; 0 off the mask."""
     total, count = _node_sums(value, trajectories)

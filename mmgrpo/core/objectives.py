@@ -11,20 +11,22 @@ from torch import Tensor
 
 from mmgrpo.core.trust_regions import Region
 
-TrustRegion = Callable[[Tensor, Tensor], Region]
+TrustRegion = Callable[[Tensor, Tensor, Tensor | None], Region]
 
 
 class Decisions(NamedTuple):
     """What an objective sees of the decisions, each ``[B, T]`` and finite where the mask is off.
 
     ``log_ratio`` is at the method's level (token, segment, sequence), the log-probabilities are
-    the decisions' own; only ``log_ratio`` and ``log_prob`` carry gradients.
+    the decisions' own; only ``log_ratio`` and ``log_prob`` carry gradients. ``divergence`` from the
+    old policy is there where the trust region reads it.
     """
 
     log_ratio: Tensor
     log_prob: Tensor
     old_log_prob: Tensor
     advantage: Tensor
+    divergence: Tensor | None = None
 
 
 class Surrogate(NamedTuple):
@@ -36,7 +38,7 @@ class Surrogate(NamedTuple):
 
 def policy_gradient(decisions: Decisions, *, trust_region: TrustRegion) -> Surrogate:
     """Importance-weighted policy gradient under a trust region: -ratio_eff * A (PPO, GRPO, ...)."""
-    region = trust_region(decisions.log_ratio.exp(), decisions.advantage)
+    region = trust_region(decisions.log_ratio.exp(), decisions.advantage, decisions.divergence)
     return Surrogate(-region.ratio * decisions.advantage, region.kept)
 
 
@@ -52,7 +54,7 @@ def log_policy_gradient(decisions: Decisions, *, low: float = 0.2, high: float =
     For A > 0 log_prob is bounded above by old + log(1 + high), for A <= 0 below by
     old + log(1 - low). The gradient is |A| inside the region, without a ratio factor.
     """
-    log_ratio, log_prob, old_log_prob, advantage = decisions
+    log_ratio, log_prob, old_log_prob, advantage, _ = decisions
     if not (0 <= low < 1 and high >= 0):
         raise ValueError(f"clip widths must be 0 <= low < 1 and high >= 0; got {low}, {high}")
     upper, lower = math.log1p(high), math.log1p(-low)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+READS_DIVERGENCE = frozenset({"guard"})
+"""Ratios that read the divergence from the old policy and the std of each decision."""
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to +-20 so that exp() stays finite in float32."""
 
@@ -77,3 +79,26 @@ def sequence(
     if straight_through:
         value = value.detach() + (log_ratio - log_ratio.detach()) * mask
     return value
+
+
+def guard(
+    log_ratio: Tensor,
+    mask: Tensor,
+    segment: Tensor | None = None,
+    *,
+    divergence: Tensor,
+    step_std: Tensor,
+) -> Tensor:
+    """Centre and equalise the log-ratio of each denoising step (GRPO-Guard, arXiv:2510.22319).
+
+    s (log r + D) with D = mean (mu - mu_old)^2 / (2 s^2), which is mean z (mu - mu_old): mean zero
+    under the old policy, and free of the factor 1/s that makes late steps weigh more.
+
+    Args:
+        log_ratio: ``[B, T]`` of the single decisions.
+        mask: ``[B, T]`` bool.
+        segment: not read.
+        divergence: ``[B, T]`` D, the exact divergence from the old policy; carries gradients.
+        step_std: ``[B, T]`` s.
+    """
+    return _clamp(step_std * (log_ratio + divergence)) * mask

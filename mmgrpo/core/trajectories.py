@@ -197,7 +197,8 @@ class Trajectories:
 
 _PER_DECISION = (
     "old_log_prob", "rollout_log_prob", "ref_log_prob", "entropy", "values", "step_reward",
-    "advantage", "weight", "step_std", "step_length", "segment", "node", "old_prediction", "ref_prediction",
+    "advantage", "weight", "step_std", "step_length", "segment", "node", "old_prediction",
+    "ref_prediction",
 )  # fmt: skip
 _PER_SAMPLE = ("reward", "baseline_reward", "stratum", "variant", "version", "truncated")
 _PER_ROW = ("group", "mask", *_PER_DECISION, *_PER_SAMPLE)

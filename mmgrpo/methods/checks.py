@@ -12,6 +12,7 @@ import torch
 
 from mmgrpo.core.diffusion import KERNELS, select_steps
 from mmgrpo.core.objectives import Decisions
+from mmgrpo.core.ratios import READS_DIVERGENCE
 from mmgrpo.errors import nearest
 from mmgrpo.methods.components import accepts
 
@@ -31,6 +32,7 @@ def contradictions(method: Method) -> Iterator[str]:
     yield from _objective(method)
     yield from _reward(method)
     yield from _regulariser(method)
+    yield from _divergence(method)
 
 
 def _rollout(method: Method) -> Iterator[str]:
@@ -48,7 +50,7 @@ def _rollout(method: Method) -> Iterator[str]:
 def _objective(method: Method) -> Iterator[str]:
     """A dry call finds bounds that contradict each other."""
     try:
-        method.objective(Decisions(*torch.zeros(4, 1, 1)))
+        method.objective(Decisions(*torch.zeros(5, 1, 1)))
     except ValueError as error:
         yield f"{method.component('objective')}: {_sentence(error)}"
     if method.components.get("trust_region") and not accepts(method.objective, "trust_region"):
@@ -82,6 +84,21 @@ def _regulariser(method: Method) -> Iterator[str]:
             f"regulariser.kl.gradient '{options.gradient}' has no effect with the divergence "
             f"'{options.estimator}'."
         )
+
+
+def _divergence(method: Method) -> Iterator[str]:
+    options = method.regulariser.kl
+    if not method.reads_divergence:
+        return
+    ours = options.estimator == "exact" and options.target == "old"
+    if options.coefficient and options.gaussian and not ours:
+        yield (
+            "ratio or trust region read the exact divergence from the old policy, and an "
+            f"evaluation has one divergence: regulariser.kl cannot be '{options.estimator}' to "
+            f"{options.target} beside it."
+        )
+    if method.component("ratio") in READS_DIVERGENCE and method.modalities != ("image",):
+        yield "ratio 'guard' is for denoising steps: modalities must be [image]."
 
 
 def _sentence(error: ValueError) -> str:

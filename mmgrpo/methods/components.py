@@ -16,7 +16,7 @@ from mmgrpo.registry import names, resolve
 
 Options = TypeVar("Options")
 
-SUPPLIED = {"collective", "ddof", "eps", "trust_region"}
+SUPPLIED = {"collective", "ddof", "divergence", "eps", "step_std", "trust_region"}
 """Keyword parameters that the method passes itself."""
 
 
@@ -85,7 +85,11 @@ def make_options(kind: type[Options], values: Any, *, where: str) -> Options:
     """Build an options dataclass from a mapping, refusing unknown keys and wrong types."""
     if values is not None and not isinstance(values, Mapping):
         raise MethodError(f"{where}: expected a mapping of options, got {values!r}.")
-    return kind(**check_options(values or {}, _hints(kind), where=where))
+    checked = check_options(values or {}, _hints(kind), where=where)
+    try:
+        return kind(**checked)
+    except ValueError as error:
+        raise MethodError(f"{where}: {error}") from None
 
 
 def check_options(

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmgrpo.core import divergence
 from mmgrpo.core.aggregation import Denominators, denominators
 from mmgrpo.core.objectives import Decisions
-from mmgrpo.core.ratios import log_ratio
+from mmgrpo.core.ratios import READS_DIVERGENCE, log_ratio
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.protocols import Evaluation
 from mmgrpo.registry import resolve
@@ -66,9 +66,10 @@ def compute_loss(
     old = trajectories.old_log_prob
     old = log_prob.detach() if old is None else _masked(old, mask, dtype)
     per_decision = log_ratio(log_prob, old, mask)
-    levelled = method.ratio(per_decision, mask, trajectories.segment)
+    moved = _from_old(method, evaluation, mask, dtype)
+    levelled = _levelled(method, per_decision, trajectories, moved)
     advantage = _masked(trajectories.advantage, mask, dtype)
-    surrogate = method.objective(Decisions(levelled, log_prob, old, advantage))
+    surrogate = method.objective(Decisions(levelled, log_prob, old, advantage, moved))
     loss = surrogate.loss * _correction(method, old, trajectories)
     penalty, metrics = _regularise(method, log_prob, per_decision, trajectories, evaluation)
     total = denominators(trajectories) if total is None else total
@@ -91,6 +92,35 @@ def compute_loss(
 def _masked(x: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` with 0 where the mask is off, so that nothing there reaches loss or gradient."""
     return torch.where(mask, x, torch.zeros_like(x)).to(dtype)
+
+
+def _from_old(
+    method: Method, evaluation: Evaluation | None, mask: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """``[B, T]`` divergence from the old policy, where ratio or trust region read it."""
+    if not method.reads_divergence:
+        return None
+    if evaluation is None or evaluation.divergence is None:
+        raise ValueError(
+            f"method {method.id} needs evaluation.divergence from the old policy: pass "
+            "evaluation=policy.evaluate(trajectories, method.request)"
+        )
+    return _masked(evaluation.divergence, mask, dtype)
+
+
+def _levelled(
+    method: Method, per_decision: Tensor, trajectories: Trajectories, moved: Tensor | None
+) -> Tensor:
+    """The log-ratio ``[B, T]`` at the method's level."""
+    mask = trajectories.mask
+    extra: dict[str, Tensor] = {}
+    if method.component("ratio") in READS_DIVERGENCE and moved is not None:
+        if trajectories.step_std is None:
+            raise ValueError(f"method {method.id} needs trajectories.step_std")
+        std = _masked(trajectories.step_std, mask, per_decision.dtype)
+        extra = {"divergence": moved, "step_std": std}
+    levelled: Tensor = method.ratio(per_decision, mask, trajectories.segment, **extra)
+    return levelled
 
 
 def _correction(method: Method, old: Tensor, trajectories: Trajectories) -> Tensor:

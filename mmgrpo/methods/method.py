@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from mmgrpo.core import ratios, trust_regions
 from mmgrpo.core.advantages import GROUP_BASELINES
 from mmgrpo.core.aggregation import Denominators
 from mmgrpo.core.collective import LOCAL, Collective
@@ -151,6 +152,8 @@ class Method:
             "segment": self.component("ratio") == "segment",
         }
         needs = {*self.requires, *(name for name, needed in asked.items() if needed)}
+        if self.reads_divergence:
+            needs.add("old_prediction")
         if penalty.coefficient and penalty.gaussian:
             needs.add(f"{penalty.target}_prediction")
         elif penalty.coefficient and penalty.target == "ref":
@@ -158,9 +161,21 @@ class Method:
         return frozenset(needs)
 
     @property
+    def reads_divergence(self) -> bool:
+        """Whether ratio or trust region read the exact divergence from the old policy."""
+        return (
+            self.component("ratio") in ratios.READS_DIVERGENCE
+            or self.component("trust_region") in trust_regions.READS_DIVERGENCE
+        )
+
+    @property
     def request(self) -> Request:
         """What the method reads of a policy's evaluation beside log-probabilities."""
         penalty = self.regulariser.kl
+        if self.reads_divergence:
+            return Request(
+                entropy=bool(self.regulariser.entropy), divergence="exact", divergence_target="old"
+            )
         return Request(
             entropy=bool(self.regulariser.entropy),
             divergence=penalty.estimator if penalty.coefficient and penalty.gaussian else None,

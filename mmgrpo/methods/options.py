@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from mmgrpo.core.diffusion import Suffix, Tree
+
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -38,12 +40,17 @@ class RolloutOptions:
         selection: which steps are stochastic and trained: ``kind`` and its options, see
             :func:`mmgrpo.core.diffusion.select_steps`.
         shared_noise: one initial latent per group.
+        tree: which denoising steps a group shares, see :class:`mmgrpo.core.diffusion.Tree`.
+        suffix: how the steps after the last stochastic one are solved, see
+            :class:`mmgrpo.core.diffusion.Suffix`.
     """
 
     kernel: str = "flow_sde"
     eta: NonNegative = 0.7
     selection: Mapping[str, Any] = field(default_factory=lambda: {"kind": "all_but_last"})
     shared_noise: bool = False
+    tree: Tree = field(default_factory=Tree)
+    suffix: Suffix = field(default_factory=Suffix)
 
 
 @dataclass(frozen=True)

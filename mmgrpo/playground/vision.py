@@ -72,8 +72,8 @@ def build_processor() -> PaddleOCRVLProcessor:
             "shortest_edge": SMALL_CANVAS[0] * SMALL_CANVAS[1],
             "longest_edge": 2 * WIDE_CANVAS[0] * WIDE_CANVAS[1],
         },
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
+        image_mean=[0.13] * 3,
+        image_std=[0.3] * 3,
     )
     return PaddleOCRVLProcessor(
         image_processor=image_processor,

@@ -106,6 +106,10 @@ class TokenState:
 
         Without ``keep``, n is 1 and every row's logits are returned and stay in ``logits``.
         """
+        if keep is None:
+            from mmgrpo.policies.growing_cache import grow_in_place
+
+            grow_in_place(self._cache)
         self._mask = torch.cat([self._mask, self._mask.new_ones(tokens.shape)], dim=1)
         logits, self._cache = self._forward(
             torch.ones_like(tokens, dtype=torch.bool) if keep is None else keep,

@@ -188,28 +188,26 @@ class FlowPolicy:
         latents: Tensor,
         sigmas: Tensor,
         rule: StepRule,
+        *,
+        owner: Tensor | None = None,
     ) -> LatentPayload:
         """Bind ``[B, S + 1, ...]`` states to their prompts and to how they were sampled."""
-        return LatentPayload(prompts, prompt_row, latents, sigmas, rule)
+        return LatentPayload(prompts, prompt_row, latents, sigmas, rule, owner)
 
     def evaluate(self, trajectories: Trajectories, request: Request = _PLAIN) -> Evaluation:
         """Return the log-probability of every decision in the mask, and what the request adds.
+
+        A state that several decisions start from goes through the network once.
 
         Raises:
             MethodError: a divergence is asked for and the prediction it is measured from is absent.
         """
         rows, steps = trajectories.mask.nonzero(as_tuple=True)
-        size = self.max_decisions or max(len(rows), 1)
-        parts = [
-            self._decide(trajectories, rows[part], steps[part], request)
-            for part in torch.arange(len(rows), device=rows.device).split(size)
-            if len(part)
-        ]
+        found = self._decide(trajectories, rows, steps, request) if len(rows) else None
 
         def scatter(name: str, shape: tuple[int, ...] = ()) -> Tensor:
             blank = torch.zeros(*trajectories.mask.shape, *shape, device=rows.device)
-            values = [getattr(part, name) for part in parts]
-            return blank.index_put((rows, steps), torch.cat(values)) if values else blank
+            return blank if found is None else blank.index_put((rows, steps), getattr(found, name))
 
         shape = trajectories.payload.latents.shape[2:]
         return Evaluation(
@@ -225,7 +223,7 @@ class FlowPolicy:
         payload: LatentPayload = trajectories.payload
         x, x_next = payload.latents[rows, steps], payload.latents[rows, steps + 1]
         sigma, sigma_next = payload.sigmas[steps], payload.sigmas[steps + 1]
-        velocity = self.velocity(x, sigma, payload.prompts, payload.prompt_row[rows])
+        velocity = self._velocities(payload, rows, steps)
         out = payload.rule.step(velocity, x, sigma, sigma_next, x_next=x_next)
         divergence = None
         if request.divergence is not None:
@@ -235,6 +233,22 @@ class FlowPolicy:
             )
         entropy = _entropy(out, payload.rule.reduce) if request.entropy else None
         return _Decisions(out.log_prob, entropy, divergence, velocity)
+
+    def _velocities(self, payload: LatentPayload, rows: Tensor, steps: Tensor) -> Tensor:
+        """Velocity ``[N, ...]`` at the state that each decision starts from."""
+        first, index = payload.distinct(rows, steps)
+        rows, steps = rows[first], steps[first]
+        size = self.max_decisions or len(rows)
+        parts = [
+            self.velocity(
+                payload.latents[row, step],
+                payload.sigmas[step],
+                payload.prompts,
+                payload.prompt_row[row],
+            )
+            for row, step in zip(rows.split(size), steps.split(size), strict=True)
+        ]
+        return torch.cat(parts)[index]
 
     @property
     def has_reference(self) -> bool:

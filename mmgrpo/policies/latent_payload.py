@@ -74,6 +74,8 @@ class LatentPayload:
         latents: ``[B, S + 1, ...]`` float32, every state from pure noise to the final latent.
         sigmas: ``[S + 1]`` float32 noise levels of the states.
         rule: how the stochastic steps were sampled.
+        owner: ``[B, S + 1]`` int64; rows of one prompt with equal ids at a level have the same
+            state there, so that an evaluation calls the network once for all of them.
     """
 
     prompts: LatentPrompts
@@ -81,6 +83,7 @@ class LatentPayload:
     latents: Tensor
     sigmas: Tensor
     rule: StepRule
+    owner: Tensor | None = None
 
     def select(self, rows: Tensor) -> Self:
         """Return the given rows and the prompts they need."""
@@ -90,7 +93,29 @@ class LatentPayload:
             prompts=self.prompts.select(kept),
             prompt_row=prompt_row,
             latents=self.latents[rows],
+            owner=None if self.owner is None else self.owner[rows],
         )
+
+    def distinct(self, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Find which of N decisions start from the same state.
+
+        Args:
+            rows: ``[N]`` int64.
+            steps: ``[N]`` int64.
+
+        Returns:
+            ``[U]`` positions among the N, one per distinct state, and ``[N]`` where each
+            decision's state is among the U.
+        """
+        place = torch.arange(len(rows), device=rows.device)
+        if self.owner is None:
+            return place, place
+        key = torch.stack([self.prompt_row[rows], self.owner[rows, steps], steps], dim=1)
+        unique, index = torch.unique(key, dim=0, return_inverse=True)
+        if len(unique) == len(rows):
+            return place, place
+        first = place.new_full((len(unique),), len(rows))
+        return first.scatter_reduce(0, index, place, "amin"), index
 
     def to(self, device: torch.device) -> Self:
         """Return a copy on ``device``."""
@@ -100,6 +125,7 @@ class LatentPayload:
             prompt_row=self.prompt_row.to(device),
             latents=self.latents.to(device),
             sigmas=self.sigmas.to(device),
+            owner=None if self.owner is None else self.owner.to(device),
         )
 
     @classmethod
@@ -121,6 +147,7 @@ class LatentPayload:
                 [part.prompt_row + start for part, start in zip(parts, starts, strict=False)]
             ),
             latents=torch.cat([part.latents for part in parts]),
+            owner=_joined([part.owner for part in parts]),
         )
 
 
@@ -136,6 +163,11 @@ def _check_same_sampling(one: LatentPayload, other: LatentPayload) -> None:
             + " against ".join(described)
             + "."
         )
+
+
+def _joined(owners: Sequence[Tensor | None]) -> Tensor | None:
+    known = [owner for owner in owners if owner is not None]
+    return torch.cat(known) if len(known) == len(owners) else None
 
 
 def _moved(embeddings: Embeddings, device: torch.device) -> Embeddings:

@@ -53,8 +53,8 @@ def log_distribution(logits: Tensor, temperature: Tensor | float, forbidden: Ten
 
 def entropy(log_p: Tensor) -> Tensor:
     """Return the ``[...]`` entropy in nats of ``[..., V]`` log-probabilities, 0 log 0 being 0."""
-    finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)
-    return -(log_p.exp() * finite).sum(dim=-1)
+    # Where the bound holds, the probability is 0 in float32; so are the product and its gradient.
+    return -(log_p.exp() * log_p.clamp(min=-1000.0)).sum(dim=-1)
 
 
 def read_tokens(

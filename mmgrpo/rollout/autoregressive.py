@@ -226,9 +226,9 @@ class AutoregressiveEngine:
         return written
 
     def _draw(self, log_p: Tensor, uniforms: Tensor) -> Tensor:
-        greedy = 0.0 if self._temperature == 0 else 1.0
-        kept = filter_logits(log_p, temperature=greedy, **self._filters)
-        return sample_inverse_cdf(kept.double().softmax(dim=-1), uniforms)
+        if self._temperature == 0:
+            return log_p.argmax(dim=-1)
+        return sample_inverse_cdf(filter_logits(log_p, **self._filters).exp(), uniforms)
 
     def _has_stop(self, ids: Tensor) -> Tensor:
         """Return ``[r]`` whether a stop string has just been completed in ``ids [r, t]``."""

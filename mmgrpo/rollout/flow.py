@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,19 +10,23 @@ from torch import Tensor
 
 from mmgrpo.core.diffusion import (
     KERNELS,
-    STD_FLOOR,
     Selection,
     StepRule,
+    Suffix,
+    Tree,
     linear_shift,
     select_steps,
+    transition,
 )
 from mmgrpo.core.seeding import generator, mix_seed
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import ConfigError, MmgrpoError, nearest
 from mmgrpo.protocols import Cost, Prompt, Rollout, Sample
+from mmgrpo.rollout.denoise import Course, Drawn, denoise
 
 ALL_BUT_LAST: Mapping[str, Any] = {"kind": "all_but_last"}
-_ODE = StepRule("ode", eta=0.0, sigma_max=1.0)
+LINEAR = Tree()
+OWN_GRID = Suffix()
 
 
 class FlowModel(Protocol):
@@ -46,19 +49,17 @@ class FlowModel(Protocol):
         ...
 
     def payload(
-        self, prompts: Any, prompt_row: Tensor, latents: Tensor, sigmas: Tensor, rule: StepRule
+        self,
+        prompts: Any,
+        prompt_row: Tensor,
+        latents: Tensor,
+        sigmas: Tensor,
+        rule: StepRule,
+        *,
+        owner: Tensor | None = None,
     ) -> Any:
-        """Bind the states to their prompts and to how they were sampled."""
+        """Bind the states to their prompts, to how they were sampled and to who shares them."""
         ...
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """States ``[B, S + 1, ...]``, log-probabilities ``[B, S]`` and decisions ``[B, S]``."""
-
-    latents: Tensor
-    log_prob: Tensor
-    mask: Tensor
 
 
 class FlowEngine:
@@ -66,7 +67,7 @@ class FlowEngine:
 
     Sample g of prompt p has its own noise streams, named by (seed, p.index, g): the initial latent
     and the noise of each step depend on nothing else, whatever the batch, the selection or the
-    device.
+    device. In a tree the samples that share a state share its streams, named after the first.
 
     Attributes:
         sigmas: ``[S + 1]`` float32 noise levels.
@@ -88,6 +89,8 @@ class FlowEngine:
         reduce: str = "mean",
         selection: Mapping[str, Any] = ALL_BUT_LAST,
         shared_noise: bool = False,
+        tree: Tree = LINEAR,
+        suffix: Suffix = OWN_GRID,
         schedule: Tensor | None = None,
         shift: float | None = None,
         guidance_scale: float | None = None,
@@ -107,6 +110,8 @@ class FlowEngine:
             reduce: ``mean`` or ``sum`` of the log-density over the latent elements.
             selection: which steps are stochastic and trained; the last step never is.
             shared_noise: one initial latent for all samples of a prompt.
+            tree: which denoising steps the samples of a prompt share.
+            suffix: how the steps after the last stochastic one are solved.
             schedule: ``[S + 1]`` noise levels; None takes what the pipeline itself would use.
             shift: static shift of a uniform schedule, in place of ``schedule``.
             guidance_scale: None takes the policy's.
@@ -127,6 +132,8 @@ class FlowEngine:
         self.sigmas = self._schedule(num_steps, schedule, shift)
         self.rule = StepRule(kernel, eta, self.sigmas[1].item(), reduce)
         self.shared_noise = shared_noise
+        self.tree = tree
+        self.suffix = suffix
         self.guidance_scale = guidance_scale
         if guidance_scale is not None:
             policy.family.needs_negative(guidance_scale)
@@ -160,7 +167,13 @@ class FlowEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Prompt], *, group_size: int, seed: int, version: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        seed: int,
+        version: int = 0,
+        iteration: int = 0,
     ) -> Rollout:
         """Draw ``group_size`` images per prompt.
 
@@ -169,8 +182,10 @@ class FlowEngine:
             group_size: images per prompt.
             seed: names the rollout.
             version: of the weights.
+            iteration: training iteration, which moving windows follow.
 
         Raises:
+            ConfigError: the group does not fit the tree.
             DataError: a prompt that is no plain text.
             MmgrpoError: the network's output is not finite.
         """
@@ -178,51 +193,92 @@ class FlowEngine:
         encoded = self.policy.encode(prompts, guidance_scale=self.guidance_scale)
         names = [(seed, prompt.index, member) for prompt in prompts for member in range(group_size)]
         prompt_row = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
-        drawn = self._draw(encoded, prompt_row, names)
+        selection = self._select(seed, [mix_seed(*name) for name in names], iteration)
+        owner = self._owners(group_size, len(prompts), selection).to(device)
+        drawn = self._draw(encoded, prompt_row, names, selection, owner)
+        mask = selection.trained.to(device) & drawn.random
         trajectories = Trajectories(
             group=torch.tensor([index for _, index, _ in names], device=device),
-            mask=drawn.mask,
-            old_log_prob=drawn.log_prob,
+            mask=mask,
+            old_log_prob=drawn.log_prob * mask,
             version=torch.full_like(prompt_row, version),
+            node=_nodes(owner, group_size, mask),
+            **self._step_sizes(mask),
             payload=self.policy.payload(
-                encoded, prompt_row, drawn.latents, self.sigmas.to(device), self.rule
+                encoded,
+                prompt_row,
+                drawn.latents,
+                self.sigmas.to(device),
+                self.rule,
+                owner=owner,
             ),
         )
         images = self._images(drawn.latents[:, -1])
         owners = [prompt for prompt in prompts for _ in range(group_size)]
         samples = [Sample(owner, image=image) for owner, image in zip(owners, images, strict=True)]
         forwards = self.policy.forwards - before
-        cost = Cost(forwards=forwards, decisions=int(drawn.mask.sum()))
+        cost = Cost(forwards=forwards, decisions=int(mask.sum()))
         return Rollout(trajectories, samples, cost)
 
-    def _draw(self, encoded: Any, prompt_row: Tensor, names: Sequence[tuple[int, ...]]) -> _Drawn:
+    def _draw(
+        self,
+        encoded: Any,
+        prompt_row: Tensor,
+        names: Sequence[tuple[int, ...]],
+        selection: Selection,
+        owner: Tensor,
+    ) -> Drawn:
         device = prompt_row.device
-        sigmas = self.sigmas.to(device)
-        selection = self._select(names[0][0], [mix_seed(*name) for name in names])
-        mask = selection.trained.to(device)
-        log_prob = torch.zeros(mask.shape, device=device)
-        starts = [name[:2] if self.shared_noise else name for name in names]
-        states = [self._noise(starts, device)]
-        for index in range(self.num_steps):
-            x, sigma, sigma_next = states[-1], sigmas[index], sigmas[index + 1]
-            rule, noise = _ODE, None
-            if selection.stochastic[index]:
-                rule, noise = self.rule, self._noise([(*name, index) for name in names], device)
-            velocity = self._velocity(x, sigma, encoded, prompt_row)
-            out = rule.step(velocity, x, sigma, sigma_next, noise=noise)
-            states.append(out.x_next)
-            mask[:, index] &= out.std >= STD_FLOOR
-            log_prob[:, index] = out.log_prob
-        _check_finite(states[-1])
-        return _Drawn(torch.stack(states, dim=1), log_prob * mask, mask)
+        starts = [names[row][:2] if self.shared_noise else names[row] for row in owner[:, 0].tolist()]
 
-    def _select(self, seed: int, sample_seeds: Sequence[int]) -> Selection:
+        def velocity(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+            return self._velocity(x, sigma, encoded, prompt_row[rows])
+
+        def noise(rows: Tensor, index: int) -> Tensor:
+            return self._noise([(*names[row], index) for row in rows.tolist()], device)
+
+        sigmas, stochastic = self.sigmas.to(device), selection.stochastic
+        course = Course(sigmas, self.rule, self.suffix, stochastic, owner)
+        drawn = denoise(self._noise(starts, device), course, velocity, noise)
+        _check_finite(drawn.latents[:, -1])
+        return drawn
+
+    def _owners(self, group_size: int, prompts: int, selection: Selection) -> Tensor:
+        """``[B, S + 1]``: the first row that has the same state."""
+        try:
+            one = self.tree.owners(
+                group_size, selection.stochastic, shared_start=self.shared_noise
+            )
+        except ValueError as error:
+            raise ConfigError(f"The rollout's tree does not fit: {error}") from error
+        first = torch.arange(prompts) * group_size
+        return (first[:, None, None] + one).flatten(0, 1)
+
+    def _step_sizes(self, mask: Tensor) -> dict[str, Tensor]:
+        """Std and length of each step, ``[B, S]``; the last one never draws noise: its std is 0."""
+        sigma, sigma_next = self.sigmas[:-1].to(mask.device), self.sigmas[1:].to(mask.device)
+        nothing, rule = torch.zeros_like(sigma), self.rule
+        _, std = transition(
+            rule.kernel, nothing, nothing, sigma, sigma_next,
+            eta=rule.eta, sigma_max=rule.sigma_max,
+        )  # fmt: skip
+        std = torch.cat([std[:-1], std.new_zeros(1)])
+        return {
+            "step_std": std.repeat(len(mask), 1),
+            "step_length": (sigma - sigma_next).repeat(len(mask), 1),
+        }
+
+    def _select(self, seed: int, sample_seeds: Sequence[int], iteration: int = 0) -> Selection:
         if self.rule.kernel == "ode" or self.rule.eta == 0:
             nothing = torch.zeros(self.num_steps, dtype=torch.bool)
             return Selection(nothing, nothing.repeat(len(sample_seeds), 1))
         try:
             return select_steps(
-                self.selection, self.num_steps, seed=seed, sample_seeds=sample_seeds
+                self.selection,
+                self.num_steps,
+                seed=seed,
+                sample_seeds=sample_seeds,
+                iteration=iteration,
             )
         except ValueError as error:
             raise ConfigError(f"The step selection does not fit: {error}") from error
@@ -247,6 +303,14 @@ class FlowEngine:
             return [None] * len(latents)
         parts = latents.split(self.max_rows or len(latents))
         return [image for part in parts for image in self.policy.family.decode(part)]
+
+
+def _nodes(owner: Tensor, group_size: int, mask: Tensor) -> Tensor | None:
+    """``[B, S]`` ids of the decisions within their group; None where no decision is shared."""
+    steps = mask.shape[1]
+    node = owner[:, 1:] % group_size * steps + torch.arange(steps, device=owner.device)
+    row = torch.arange(len(owner), device=owner.device)[:, None]
+    return node if ((owner[:, 1:] != row) & mask).any() else None
 
 
 def _check_finite(latents: Tensor) -> None:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from mmgrpo.core.seeding import generator
 
+BLOCK = 256
+"""Tokens that are summed together when a large vocabulary is searched."""
+
 
 def filter_logits(
     logits: Tensor,
@@ -41,7 +44,8 @@ def filter_logits(
     if temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
-    logits = logits / temperature
+    if temperature != 1:
+        logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = _keep_top_k(logits, top_k)
     if top_p < 1:
@@ -69,20 +73,45 @@ def _keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
 def sample_inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Return the token at which the cumulative probability exceeds each uniform.
 
+    A large vocabulary is summed in blocks first, and only the block that holds the token token by
+    token. Running sums are float64.
+
     Args:
-        probs: ``[R, V]`` non-negative weights, normalised or not; computed with in float64.
+        probs: ``[R, V]`` non-negative weights, normalised or not.
         uniforms: ``[R]`` numbers in ``[0, 1]``.
 
     Returns:
         ``[R]`` int64 ids. Never one of weight zero, whatever the uniform: only tokens of positive
         weight are candidates, and the last of them exceeds every target.
     """
-    probs = probs.double()
-    cdf = probs.cumsum(dim=-1).masked_fill(probs <= 0, -1.0)
+    size = probs.shape[-1]
+    if size <= 2 * BLOCK:
+        return _first_above(probs, uniforms, None)[0]
+    whole = size // BLOCK * BLOCK
+    sums = probs[:, :whole].unflatten(-1, (-1, BLOCK)).sum(dim=-1)
+    sums = torch.cat([sums, probs[:, whole:].sum(dim=-1, keepdim=True)], dim=-1)
+    block, left = _first_above(sums, uniforms, None)
+    place = block[:, None] * BLOCK + torch.arange(BLOCK, device=probs.device)
+    inside = probs.gather(-1, place.clamp(max=size - 1)).masked_fill(place >= size, 0)
+    return block * BLOCK + _first_above(inside, uniforms, left)[0]
+
+
+def _first_above(weights: Tensor, uniforms: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the first place whose running sum exceeds a target, and how far its start is below.
+
+    Args:
+        weights: ``[R, n]``.
+        uniforms: ``[R]``, the target as a share of the sum.
+        target: ``[R]`` float64, the target itself if it is known.
+    """
+    weights = weights.double()
+    cdf = weights.cumsum(dim=-1).masked_fill(weights <= 0, -1.0)
     total = cdf.amax(dim=-1)
     below = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(uniforms.double() * total, below)
-    return (cdf > target[:, None]).to(torch.uint8).argmax(dim=-1)
+    target = torch.minimum(uniforms.double() * total if target is None else target, below)
+    place = (cdf > target[:, None]).to(torch.uint8).argmax(dim=-1)
+    start = (cdf - weights).gather(-1, place[:, None]).squeeze(-1)
+    return place, target - start
 
 
 def draw_uniforms(seed: int, streams: Sequence[tuple[int, int]], count: int) -> Tensor:

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmgrpo.core.aggregation import Denominators
 from mmgrpo.core.collective import Collective
 from mmgrpo.core.trajectories import Trajectories
-from mmgrpo.trainer.parts import Collected
+from mmgrpo.protocols import Evaluation
+from mmgrpo.trainer.parts import Collected, MethodLike
 
 
 def choose_groups(
@@ -74,3 +76,49 @@ def trained(trajectories: Trajectories, rows: Tensor) -> Trajectories:
         return trajectories.select(rows)
     blank = trajectories.select(torch.zeros_like(trajectories.group[:1]))
     return blank.replace(mask=torch.zeros_like(blank.mask))
+
+
+def without_idle(batch: Trajectories, method: MethodLike, total: Denominators) -> Trajectories:
+    """Drop the rows whose advantage is zero everywhere, if the method's gradient is the same.
+
+    Whether it is, is not declared by the method but tried out, on made-up log-probabilities: a KL
+    or entropy term pulls on such rows, and so may an objective that couples rows.
+
+    Args:
+        batch: rows with decisions to train, and their advantages.
+        method: the method.
+        total: denominators of the whole update, with the dropped rows.
+
+    Returns:
+        The other rows; or one row without decisions if none is left.
+    """
+    idle = ((batch.advantage == 0) | ~batch.mask).all(dim=1)
+    if method.request.prediction or not bool(idle.any()):
+        return batch
+    rows = (~idle).nonzero().squeeze(1)
+    fewer, whole = trained(batch, rows), _pull(batch, method, total)
+    if bool(whole[:, idle].any()):
+        return batch
+    same = len(rows) == 0 or torch.allclose(_pull(fewer, method, total, rows), whole[:, rows])
+    return fewer if same else batch
+
+
+def _pull(
+    batch: Trajectories, method: MethodLike, total: Denominators, rows: Tensor | None = None
+) -> Tensor:
+    """``[3, B, T]`` gradient of the loss in an evaluation's numbers, at values near the old policy.
+
+    ``rows`` are the places of the batch's rows among those that get different values.
+    """
+    place = torch.arange(len(batch), device=batch.mask.device) if rows is None else rows
+    width = batch.mask.shape[1]
+    wave = torch.sin(1.0 + place[:, None] * width + torch.arange(width, device=place.device))
+    old = torch.zeros_like(wave) if batch.old_log_prob is None else batch.old_log_prob
+    made_up = (old + 0.1 * wave, 1.0 + 0.1 * wave, 0.1 + 0.05 * wave)
+    with torch.enable_grad():
+        leaves = [value.detach().requires_grad_() for value in made_up]
+        loss = method.loss(
+            leaves[0], batch.replace(payload=None), evaluation=Evaluation(*leaves), total=total
+        ).loss
+        found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return torch.stack([gradient.to(wave.dtype) for gradient in found])

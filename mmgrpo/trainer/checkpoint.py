@@ -35,7 +35,7 @@ def save_checkpoint(
         MmgrpoError: it could not be written; earlier checkpoints are as they were.
     """
     target = run_dir / "checkpoints" / f"step_{state.step:06d}"
-    partial = target.with_name(f".{target.name}.partial")
+    partial = _partial(target)
     accelerator = parts.accelerator
     if (target / "state.json").is_file():
         return target
@@ -59,7 +59,8 @@ def save_checkpoint(
         ) from error
     if accelerator.is_main_process:
         for old in checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
+            old.rename(_partial(old))  # at no moment is an incomplete folder a checkpoint
+        _remove_partial(target.parent)
     accelerator.wait_for_everyone()
     return target
 
@@ -99,6 +100,11 @@ def _write(folder: Path, parts: Parts, state: State, config: dict[str, Any]) -> 
 
 def _write_json(path: Path, document: Any) -> None:
     path.write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def _partial(checkpoint: Path) -> Path:
+    """What a checkpoint is called while it is written or removed."""
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
 
 
 def _remove_partial(folder: Path) -> None:

@@ -6,15 +6,45 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from mmgrpo.core.collective import LOCAL, Collective
 from mmgrpo.core.trajectories import Trajectories
-from mmgrpo.errors import RewardError
+from mmgrpo.errors import ConfigError, RewardError
 from mmgrpo.protocols import Evaluation, Policy, Request
 
 Result = TypeVar("Result")
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+def make_accelerator(*, idle: bool = False) -> Accelerator:
+    """Join the processes of the run, and find its device.
+
+    Precision and accumulation are the run's own matter, whatever the launcher's settings say.
+
+    Args:
+        idle: whether a trained parameter may have no gradient on some rank.
+
+    Raises:
+        ConfigError: the launcher asks for sharded weights.
+    """
+    accelerator = Accelerator(
+        cpu=torch.backends.mps.is_available(),  # MPS has no float64, which statistics need
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=idle)
+        ],
+    )
+    kind = accelerator.distributed_type
+    if kind in SHARDED:
+        raise ConfigError(
+            f"the launcher asks for {kind.value}, and weights cannot be sharded yet; expected one "
+            "process or plain data parallelism (`accelerate launch --multi_gpu`)."
+        )
+    return accelerator
 
 
 class RankCollective(Collective):

@@ -87,10 +87,16 @@ class Report:
         if trajectories.entropy is not None:
             self.mean("entropy", trajectories.entropy[trajectories.mask])
 
-    def loss(self, output: Loss) -> None:
-        """Add one micro-batch's share of the update's averages."""
+    def loss(self, output: Loss, *, scale: float = 1.0) -> None:
+        """Add one micro-batch's share of the update's averages.
+
+        Args:
+            output: the micro-batch's loss.
+            scale: decisions of the update over those that were evaluated; the averages are over
+                the latter, the loss is over all.
+        """
         for name, value in output.metrics.items():
-            self._loss_sums[name] += value
+            self._loss_sums[name] += value if name == "loss" else value * scale
         self._log_ratio = max(self._log_ratio, output.max_log_ratio)
 
     def update_done(self, grad_norm: float) -> None:

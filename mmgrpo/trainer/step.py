@@ -19,7 +19,13 @@ from mmgrpo.core.seeding import mix_seed
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import MmgrpoError
 from mmgrpo.protocols import Cost, Request, Sample
-from mmgrpo.trainer.batches import choose_groups, micro_batches, minibatches, trained
+from mmgrpo.trainer.batches import (
+    choose_groups,
+    micro_batches,
+    minibatches,
+    trained,
+    without_idle,
+)
 from mmgrpo.trainer.distributed import anchored, evaluate_through, together
 from mmgrpo.trainer.metrics import Report
 from mmgrpo.trainer.optim import learning_rate_at
@@ -141,6 +147,11 @@ def optimise(
     total = denominators(batch, parts.collective)
     if total.decisions < 0.5:
         return
+    fewer = without_idle(batch, parts.method, total)
+    evaluated = denominators(fewer, parts.collective).decisions
+    if evaluated < 0.5:
+        fewer, evaluated = batch, total.decisions
+    batch = fewer
     pieces = micro_batches(batch, config.trainer.micro_batch_size)
     for number, rows in enumerate(pieces, start=1):
         last = number == len(pieces)
@@ -154,7 +165,7 @@ def optimise(
             loss = anchored(output.loss, parts.optimizer.parameters) * parts.collective.size
             parts.accelerator.backward(loss)
             report.cost(Cost(forwards=parts.policy.forwards - before, backwards=1))
-            report.loss(output)
+            report.loss(output, scale=total.decisions / evaluated)
     limit = config.trainer.max_grad_norm or math.inf
     norm = float(parts.accelerator.clip_grad_norm_(parts.optimizer.parameters.values(), limit))
     if not math.isfinite(norm):

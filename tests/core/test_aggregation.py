@@ -44,6 +44,15 @@ def test_numbers_of_the_dapo_card():
     assert reduce(sequence_mean_token_mean, [1, 0], t) == 0.5
 
 
+def test_a_weighted_sample_has_its_weighted_mean():
+    weight, loss = torch.tensor([[0.5, 0.5, 3.0]]), torch.tensor([[4.0, 8.0, 1.0]])
+    total = Denominators(sequences=1, decisions=4)
+    assert sequence_mean_token_mean(loss, weight, total).item() == 2.25
+    assert token_mean(loss, weight, total).item() == 2.25
+    assert sequence_mean_token_sum(loss, weight, total).item() == 9
+    assert constant_norm(loss, weight, total, length=6).item() == 1.5
+
+
 def test_an_empty_sample_counts_nowhere():
     for aggregate in AGGREGATES:
         options = {"length": 8} if aggregate is constant_norm else {}

@@ -83,6 +83,10 @@ def make_batch(seed=0, dtype=torch.float64, *, on_policy=False, alone=False):
         baseline_reward=uniform(len(sizes))[index].to(dtype),
         segment=torch.arange(WIDTH).expand(size, WIDTH) // 2,
         truncated=uniform(size) < 0.2,
+        # of the schedule, hence known where nothing is trained too; so small that no guarded
+        # ratio lies near its clip
+        step_std=uniform(1, WIDTH, low=0.01, high=0.05).expand(size, WIDTH).to(dtype),
+        step_length=field(uniform(1, WIDTH, low=0.05, high=0.2).expand(size, WIDTH)),
     )
     log_prob = old if on_policy else old + sign * step
     return Batch(trajectories, field(log_prob))
@@ -98,7 +102,10 @@ def evaluate(method, log_prob, trajectories):
     if method.request.entropy:
         entropy = masked(masked(log_prob).exp() / 2, torch.nan)
     if method.request.divergence:
-        gap = masked(log_prob) - masked(trajectories.ref_log_prob)
+        target = method.request.divergence_target
+        other = getattr(trajectories, f"{target}_log_prob")
+        other = log_prob.detach() if other is None else other
+        gap = masked(log_prob) - masked(other)
         divergence = masked(gap**2 / 8, torch.nan)
     return Evaluation(log_prob=log_prob, entropy=entropy, divergence=divergence)
 

@@ -23,6 +23,8 @@ class Plain:
     ref: list
     greedy: list
     truncated: list
+    std: list
+    length: list
 
     @classmethod
     def of(cls, trajectories):
@@ -36,6 +38,8 @@ class Plain:
             ref=t.ref_log_prob.tolist(),
             greedy=t.baseline_reward.tolist(),
             truncated=t.truncated.tolist(),
+            std=t.step_std.tolist(),
+            length=t.step_length.tolist(),
         )
 
     @property
@@ -88,11 +92,15 @@ def z_score(b, eps, std=statistics.stdev):
     return a
 
 
+def clamped(a):
+    return {key: max(-5.0, min(5.0, value)) for key, value in a.items()}
+
+
 def flow_advantage(b):
     """Group mean, population std of the batch, clamped."""
     scale = statistics.pstdev(b.reward) + 1e-4
     a = centre(b, b.reward, group_mean)
-    return {i: max(-5.0, min(5.0, a[i] / scale)) for i in a}
+    return clamped({i: a[i] / scale for i in a})
 
 
 def spread(b, a):
@@ -224,13 +232,13 @@ def cispo(b, lp, sg):
     return spread(b, a), -sum(weight[i, t] * a[i] * lp[i][t] for i, t in b.all) / len(b.all)
 
 
-def flow(b, lp, a, beta):
-    """Clip 1e-4 per denoising step, samples without advantage dropped; the KL is the stand-in's."""
+def flow(b, lp, a, beta, width=1e-4):
+    """Clip (1e-4) per denoising step, samples without advantage dropped; the KL is the stand-in's."""
     used = [(i, t) for i, t in b.all if a[i] != 0]
     loss = 0.0
     for i, t in used:
         kl = (lp[i][t] - b.ref[i][t]) ** 2 / 8
-        loss += ppo(exp(lp[i][t] - b.old[i][t]), a[i], 1e-4, 1e-4) + beta * kl
+        loss += ppo(exp(lp[i][t] - b.old[i][t]), a[i], width, width) + beta * kl
     return {(i, t): a[i] for i, t in used}, loss / len(used)
 
 
@@ -245,8 +253,46 @@ def cps(b, lp, sg):
 
 
 @reference
+def flow_grpo_fast(b, lp, sg):
+    return flow(b, lp, flow_advantage(b), 0.0, 1e-5)
+
+
+@reference
+def flow_dppo(b, lp, sg):
+    a, loss = flow_advantage(b), 0.0
+    used = [(i, t) for i, t in b.all if a[i] != 0]
+    for i, t in used:
+        d = lp[i][t] - b.old[i][t]
+        far = (sg[i][t] - b.old[i][t]) ** 2 / 8 >= 1e-5
+        if not (far and a[i] * (sg[i][t] - b.old[i][t]) > 0):
+            loss -= exp(d) * a[i]
+    return {(i, t): a[i] for i, t in used}, loss / len(used)
+
+
+@reference
+def grpo_guard(b, lp, sg):
+    sample, a, loss = clamped(z_score(b, 1e-4, statistics.pstdev)), {}, 0.0
+    used = [(i, t) for i, t in b.all if sample[i] != 0]
+    for i, t in used:
+        a[i, t] = sample[i] / b.length[i][t]
+        d = lp[i][t] - b.old[i][t]
+        loss += ppo(exp(b.std[i][t] * (d + d**2 / 8)), a[i, t], 2e-6, 2e-6)
+    return a, loss / len(used)
+
+
+@reference
+def mix_grpo(b, lp, sg):
+    return dance_grpo(b, lp, sg)
+
+
+@reference
+def mix_grpo_flash(b, lp, sg):
+    return dance_grpo(b, lp, sg)
+
+
+@reference
 def dance_grpo(b, lp, sg):
-    a = {i: max(-5.0, min(5.0, x)) for i, x in z_score(b, 1e-8).items()}
+    a = clamped(z_score(b, 1e-8))
     terms = [ppo(exp(lp[i][t] - b.old[i][t]), a[i], 1e-4, 1e-4) for i, t in b.all]
     return spread(b, a), sum(terms) / len(terms)
 

@@ -55,6 +55,8 @@ def widened(batch, extra=3):
             old_log_prob=pad(t.old_log_prob, GARBAGE),
             ref_log_prob=pad(t.ref_log_prob, GARBAGE),
             segment=pad(t.segment, 0),
+            step_std=pad(t.step_std, 0.0),
+            step_length=pad(t.step_length, GARBAGE),
         ),
         pad(batch.log_prob, GARBAGE),
     )
@@ -141,9 +143,11 @@ def test_a_group_of_one_has_its_reward_as_advantage(name):
         name, regulariser=None, reward=None, filter=None,
         advantage={"clip": None, "valid_group_factor": None, "whiten": None},
     )  # fmt: skip
+    one = torch.ones(1, 3)
     t = Trajectories(
-        group=torch.zeros(1), mask=torch.ones(1, 3), reward=torch.tensor([0.7]).double()
-    )
+        group=torch.zeros(1), mask=one, reward=torch.tensor([0.7]).double(),
+        step_std=one, step_length=one,
+    )  # fmt: skip
     assert method.prepare(t).advantage[0].tolist() == pytest.approx([0.7] * 3, rel=2e-4)
 
 
@@ -204,6 +208,8 @@ def tree(dtype=torch.float64):
         rewards={"score": torch.tensor([1.0, 0.25, 0.0], dtype=dtype)},
         baseline_reward=torch.full((3,), 0.5, dtype=dtype),
         segment=torch.zeros(3, 3, dtype=torch.int64),
+        step_std=torch.full((3, 3), 0.1, dtype=dtype),
+        step_length=torch.full((3, 3), 0.5, dtype=dtype),
     )
     return Batch(t, old + step)
 

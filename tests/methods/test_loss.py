@@ -199,6 +199,14 @@ def test_metrics_are_means_over_trained_decisions():
     assert output.metrics["clip_fraction"] == pytest.approx(cut.double().mean().item())
 
 
+def test_the_mean_ratio_is_at_the_methods_level():
+    t, log_prob = one_row([-0.9, -0.4, -1.2], [-1.0, -1.0, -1.0])  # the gspo card's numbers
+    output = load_method("gspo").loss(log_prob, t)
+    assert output.metrics["ratio/mean"] == pytest.approx(1.1814, abs=5e-5)
+    assert output.metrics["clip_fraction"] == 1
+    assert output.loss.item() == pytest.approx(-1.0004)
+
+
 def test_a_batch_of_no_samples_is_a_zero():
     method, batch = load_method("grpo"), make_batch()
     prepared = method.prepare(batch.trajectories).select(torch.tensor([], dtype=torch.int64))

@@ -118,12 +118,12 @@ def alive(case, whole):
 def runs(case, whole):
     """The run's own scorer calls it with samples, and finds nothing to complain about."""
     prompts = case.columns.get("prompts", ["a prompt"] * len(whole))
-    columns = {name: column for name, column in case.columns.items() if name != "prompts"}
+    columns = [
+        {name: column[row] for name, column in case.columns.items() if name != "prompts"}
+        for row in range(len(whole))
+    ]
     samples = [
-        Sample(
-            Prompt(row, prompts[row], columns={name: column[row] for name, column in columns.items()}),
-            image=case.images[row],
-        )
+        Sample(Prompt(row, prompts[row], columns=columns[row]), image=case.images[row])
         for row in range(len(whole))
     ]
     runner = RewardRunner([NamedReward("reward", 1.0, case.reward, frozenset())])

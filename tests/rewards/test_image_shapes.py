@@ -79,7 +79,9 @@ def test_what_is_drawn_is_found(background, blur):
 
 def test_noise_specks_and_seams_are_no_shapes():
     picture = draw([("circle", "red", 64, 64, 30, 0)])
-    noisy = np.asarray(picture).astype(int) + np.random.default_rng(0).integers(-25, 26, (128, 128, 3))
+    noisy = np.asarray(picture).astype(int) + np.random.default_rng(0).integers(
+        -25, 26, (128, 128, 3)
+    )
     noisy[10, 10], noisy[100:102, 20:60] = (0, 0, 255), (0, 160, 0)
     assert names(noisy.clip(0, 255).astype(np.uint8)) == [("circle", "red")]
     assert names(Image.new("RGB", (32, 32), "white")) == []
@@ -90,10 +92,17 @@ def test_touching_shapes_of_two_colours_are_two():
     assert names(draw(things)) == [("square", "blue"), ("square", "red")]
 
 
+def test_outlined_and_nested_shapes_are_named_by_their_outline():
+    ring = [("circle", "red", 64, 64, 40, 0), ("circle", "white", 64, 64, 30, 0)]
+    assert names(draw(ring)) == [("circle", "red")]
+    nested = [("square", "black", 64, 64, 50, 0.3), ("star", "yellow", 64, 64, 25, 0)]
+    assert names(draw(nested)) == [("square", "black"), ("star", "yellow")]
+
+
 def test_an_outline_that_is_none_of_them_has_no_name():
     picture = Image.new("RGB", (SIZE, SIZE), "white")
     pen = ImageDraw.Draw(picture)
-    pen.line([(20, 20), (20, 100), (100, 100)], fill=COLOURS["red"], width=9)
+    pen.line([(10, 20), (64, 110), (118, 20)], fill=COLOURS["red"], width=7)
     assert [s.name for s in find_shapes(np.asarray(picture))] == [None]
 
 
@@ -143,7 +152,9 @@ def test_counts_and_exclusions():
     three = draw([("triangle", "green", 25 + 38 * k, 64, 15, k) for k in range(3)])
     score = ImageShapes(reduce="all")
     for count, expected in [(2, 0.0), (3, 1.0), (4, 0.0)]:
-        assert score(images=[three], include=[[{"class": "triangle", "count": count}]]) == [expected]
+        assert score(images=[three], include=[[{"class": "triangle", "count": count}]]) == [
+            expected
+        ]
         unwanted = [{"class": "triangle", "count": count}]
         assert score(images=[three], include=[[]], exclude=[unwanted]) == [float(count > 3)]
 
@@ -178,6 +189,12 @@ def test_bad_options():
 
 
 def test_contract():
-    pictures = [draw([RED, BLUE]), draw([]), draw([RED]), draw([BLUE, RED, RED], "gray"), draw([RED])]
+    pictures = [
+        draw([RED, BLUE]),
+        draw([]),
+        draw([RED]),
+        draw([BLUE, RED, RED], "gray"),
+        draw([RED]),
+    ]
     include = [INCLUDE] * 4 + [None]
     check_contract(Case(ImageShapes(), pictures, {"include": include}, low=0.0, high=1.0))

@@ -12,7 +12,7 @@ from mmgrpo.rewards import REWARDS
 
 from mmgrpo.registry import load_target
 
-HELPERS = {"text"}
+HELPERS = {"shape_finding", "text"}
 
 
 def test_every_file_is_in_the_table():

@@ -1,4 +1,4 @@
-"""Models and data that other code made: trained by the packaged configurations, opened by others."""
+"""Models and data of other code: trained by the packaged configurations, opened by others."""
 
 import json
 
@@ -75,8 +75,8 @@ def train_gsm8k(qwen, questions, run_dir, *more):
         "train", "configs/text/qwen2.5-0.5b-gsm8k.yaml", f"model.path={qwen}",
         f"data.train={questions}", f"data.eval={questions}", f"run_dir={run_dir}",
         f"rewards.1.name={REWARDS}:spread", "rollout.prompts_per_step=4", "rollout.group_size=4",
-        "rollout.max_new_tokens=6", "trainer.steps=2", "trainer.learning_rate=1e-3", "eval.prompts=2",
-        *more,
+        "rollout.max_new_tokens=6", "trainer.steps=2", "trainer.learning_rate=1e-3",
+        "eval.prompts=2", *more,
     ])  # fmt: skip
 
 
@@ -160,7 +160,8 @@ def train_sd35(pipeline, prompts, run_dir, *more):
         f"rewards={REWARDS}:brightness", f"eval.judge={REWARDS}:brightness", f"run_dir={run_dir}",
         "model.dtype=float32", f"rollout.height={SIZE}", f"rollout.width={SIZE}",
         "rollout.num_steps=3", "rollout.prompts_per_step=2", "rollout.group_size=4",
-        "trainer.steps=2", "trainer.learning_rate=1e-2", "eval.num_steps=2", "eval.prompts=2", *more,
+        "trainer.steps=2", "trainer.learning_rate=1e-2", "eval.num_steps=2", "eval.prompts=2",
+        *more,
     ])  # fmt: skip
 
 
@@ -182,17 +183,11 @@ def velocity_of(network):
 def test_a_pipeline_of_other_code_trains_and_opens_with_diffusers(pipeline, prompts, tmp_path):
     from diffusers import StableDiffusion3Pipeline
 
-    more = ("model.lora=null", "trainer.ema_decay=null")
+    more = ("model.dtype=float32", "model.lora=null", "trainer.ema_decay=null")
     assert train_sd35(pipeline, prompts, tmp_path / "run", *more) == 0
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000002"
     pipe = StableDiffusion3Pipeline.from_pretrained(checkpoint / "hf", **ABSENT)
-    policy = policy_of(
-        "image/sd3.5-medium-lora",
-        checkpoint,
-        "model.dtype=float32",
-        f"model.path={pipeline}",
-        *more,
-    )
+    policy = policy_of("image/sd3.5-medium-lora", checkpoint, f"model.path={pipeline}", *more)
     assert torch.equal(velocity_of(pipe.transformer), velocity_of(policy.network))
     first = StableDiffusion3Pipeline.from_pretrained(pipeline, **ABSENT).transformer
     assert not torch.allclose(velocity_of(first), velocity_of(pipe.transformer), atol=1e-4)
@@ -205,16 +200,10 @@ def test_its_adapter_opens_with_peft_and_with_diffusers(pipeline, prompts, tmp_p
     from diffusers import StableDiffusion3Pipeline
     from peft import PeftModel
 
-    more = ("model.gradient_checkpointing=false", "trainer.ema_decay=null")
+    more = ("model.dtype=float32", "trainer.ema_decay=null")
     assert train_sd35(pipeline, prompts, tmp_path / "run", *more) == 0
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000002"
-    policy = policy_of(
-        "image/sd3.5-medium-lora",
-        checkpoint,
-        "model.dtype=float32",
-        f"model.path={pipeline}",
-        *more,
-    )
+    policy = policy_of("image/sd3.5-medium-lora", checkpoint, f"model.path={pipeline}", *more)
     expected = velocity_of(policy.network)
 
     def fresh():

@@ -28,7 +28,9 @@ def noisy(completions, **_):
 
     import torch
 
-    noise = [random.random() + np.random.rand() + float(torch.rand(())) for _ in completions]
+    size = len(completions)
+    numbers = np.random.rand(size) + torch.rand(size).numpy()  # noqa: NPY002 - on purpose
+    noise = [float(number) + random.random() for number in numbers]
     return [a + 0.1 * b for a, b in zip(spread(completions), noise, strict=True)]
 
 

@@ -57,31 +57,35 @@ class Tree:
             raise ValueError(f"split steps {silent} draw no noise; the steps that do: {drawn}.")
         return sorted(set(self.splits))
 
-    def owners(self, group_size: int, stochastic: Tensor) -> Tensor:
+    def owners(
+        self, group_size: int, stochastic: Tensor, *, shared_start: bool = False
+    ) -> Tensor:
         """Return ``[G, T + 1]`` int64: the first sample of the group with the same state.
+
+        Samples that share a state share it until one of them draws noise of its own.
 
         Args:
             group_size: G.
             stochastic: ``[T]`` bool, steps that draw noise.
+            shared_start: whether all samples start from one noise.
 
         Raises:
             ValueError: the group is no whole number of trees, or a split draws no noise.
         """
-        steps, member = len(stochastic), torch.arange(group_size)
-        if self.linear or not stochastic.any():
-            return member[:, None].repeat(1, steps + 1)
-        splits = self.split_steps(stochastic)
-        width = self._width(group_size, splits)
+        member = torch.arange(group_size)
+        linear = self.linear or not stochastic.any()
+        splits = [] if linear else self.split_steps(stochastic)
+        width = 1 if linear else self._width(group_size, splits)
         block = width ** len(splits)
         if group_size % block:
             raise ValueError(
                 f"a group of {group_size} is no multiple of the tree's {block} leaves "
                 f"({len(splits)} splits into {width})."
             )
-        columns = []
-        for level in range(steps + 1):
-            size = block // width ** sum(split < level for split in splits)
-            columns.append(member // size * size)
+        columns = [torch.zeros_like(member) if shared_start else member // block * block]
+        for index, draws in enumerate(stochastic.tolist()):
+            size = block // width ** sum(split <= index for split in splits)
+            columns.append(member // size * size if draws else columns[-1])
         return torch.stack(columns, dim=1)
 
     def _width(self, group_size: int, splits: Sequence[int]) -> int:

@@ -1,0 +1,112 @@
+"""The denoising loop: every distinct state goes through the network once, however many share it.
+
+Shapes: B rows (samples), T steps. ``owner [B, T + 1]`` names, for each row and level, the first row
+that has the same state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmgrpo.core.diffusion import STD_FLOOR, StepRule, Suffix
+
+ODE = StepRule("ode", eta=0.0, sigma_max=1.0)
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(states ``[N, ...]``, noise level, their rows ``[N]``) -> velocities ``[N, ...]``."""
+Noise = Callable[[Tensor, int], Tensor]
+"""(rows ``[N]``, step) -> standard normal ``[N, ...]``."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """How the rows of one rollout go.
+
+    Attributes:
+        sigmas: ``[T + 1]`` noise levels.
+        rule: of the stochastic steps.
+        suffix: what follows the last of them.
+        stochastic: ``[T]`` bool, on the CPU.
+        owner: ``[B, T + 1]`` int64.
+    """
+
+    sigmas: Tensor
+    rule: StepRule
+    suffix: Suffix
+    stochastic: Tensor
+    owner: Tensor
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """States ``[B, T + 1, ...]``, log-probabilities ``[B, T]``, decisions ``[T]`` with a density.
+
+    Where a suffix with its own grid replaces the last steps, their states are the final one.
+    """
+
+    latents: Tensor
+    log_prob: Tensor
+    random: Tensor
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a step gives each row, and the std (``[]``) of the step."""
+
+    x_next: Tensor
+    x0: Tensor
+    log_prob: Tensor
+    std: Tensor
+
+
+def denoise(start: Tensor, course: Course, velocity: Velocity, noise: Noise) -> Drawn:
+    """Take ``[B, ...]`` pure noise to clean latents."""
+    steps, states = len(course.stochastic), [start]
+    log_probs, stds = [], []
+    last = int(course.stochastic.nonzero().max()) if course.stochastic.any() else steps
+    own_grid = course.suffix.plain or last >= steps
+    stop = steps if own_grid else last + 1
+    step = None
+    for index in range(stop):
+        step = _advance(states[-1], index, course, velocity, noise)
+        states.append(step.x_next)
+        log_probs.append(step.log_prob)
+        stds.append(step.std)
+    if step is not None and not own_grid:
+        final = _solve(step, stop, course, velocity)
+        states += [final] * (steps - stop)
+        log_probs += [torch.zeros_like(step.log_prob)] * (steps - stop)
+        stds += [torch.zeros_like(step.std)] * (steps - stop)
+    random = torch.stack(stds) >= STD_FLOOR
+    return Drawn(torch.stack(states, dim=1), torch.stack(log_probs, dim=1) * random, random)
+
+
+def _advance(x: Tensor, index: int, course: Course, velocity: Velocity, noise: Noise) -> _Step:
+    sigma, sigma_next = course.sigmas[index], course.sigmas[index + 1]
+    parents = torch.unique(course.owner[:, index])
+    children, back = torch.unique(course.owner[:, index + 1], return_inverse=True)
+    found = velocity(x[parents], sigma, parents)
+    found = found[torch.searchsorted(parents, course.owner[children, index])]
+    before = x[children]
+    drawn = bool(course.stochastic[index])
+    out = (course.rule if drawn else ODE).step(
+        found, before, sigma, sigma_next, noise=noise(children, index) if drawn else None
+    )
+    return _Step(out.x_next[back], (before - sigma * found)[back], out.log_prob[back], out.std)
+
+
+def _solve(step: _Step, start: int, course: Course, velocity: Velocity) -> Tensor:
+    """Return the final states ``[B, ...]``; the solver knows the last stochastic step's x0."""
+    sigmas = course.suffix.sigmas(course.sigmas, start)
+    rows, back = torch.unique(course.owner[:, start], return_inverse=True)
+    x, previous = step.x_next[rows], (step.x0[rows], course.sigmas[start - 1])
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        found = velocity(x, sigma, rows)
+        x0 = x - sigma * found
+        x = course.suffix.step(found, x, sigma, sigma_next, previous)
+        previous = (x0, sigma)
+    return x[back]
