@@ -28,6 +28,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "uniform_groups": _CORE + "filters:uniform_groups",
         "truncated": _CORE + "filters:truncated",
         "zero_advantage": _CORE + "filters:zero_advantage",
+        "prune_leaves": _CORE + "filters:prune_leaves",
     },
     "baseline": {
         "none": _CORE + "advantages:no_baseline",
@@ -46,6 +47,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
     "credit": {
         "uniform": _CORE + "credit:uniform",
         "reward_to_go": _CORE + "credit:reward_to_go",
+        "depthwise": _CORE + "credit:depthwise",
         "step_std": _CORE + "credit:step_std",
         "inverse_step_length": _CORE + "credit:inverse_step_length",
     },

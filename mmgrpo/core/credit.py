@@ -9,6 +9,10 @@ from mmgrpo.core.groups import group_index
 from mmgrpo.core.trajectories import Trajectories
 
 
+COMPARES_GROUP = frozenset({"depthwise"})
+"""Credits that compare the samples of a group with each other."""
+
+
 def uniform(advantage: Tensor, trajectories: Trajectories) -> Tensor:
     """Every decision of a sample carries the sample's advantage."""
     return advantage[:, None] * trajectories.mask
@@ -31,6 +35,44 @@ def reward_to_go(advantage: Tensor, trajectories: Trajectories, *, gamma: float 
         running = torch.where(mask[:, t], steps[:, t] + gamma * running, running)
         returns[:, t] = running
     return returns * mask
+
+
+def depthwise(
+    advantage: Tensor,
+    trajectories: Trajectories,
+    *,
+    clip: float = 5.0,
+    min_std: float = 1e-6,
+    std_eps: float = 1e-8,
+) -> Tensor:
+    """Reward of a tree's node against all nodes of its depth (BranchGRPO, arXiv:2509.06040).
+
+    A node's reward is the mean of its leaves'; it is normalised by mean and sample standard
+    deviation over the group's distinct nodes at that depth. A depth with one node, or without
+    spread, has advantage 0. Without shared decisions this is the group's z-score.
+
+    Args:
+        advantage: ``[B]`` the leaves' rewards: the method's baseline and scale are ``none``.
+        trajectories: their decisions.
+        clip: bound of the absolute value.
+        min_std: standard deviation below which a depth has no spread.
+        std_eps: added to the standard deviation.
+    """
+    spread = uniform(advantage, trajectories)
+    fused = spread if trajectories.node is None else node_mean(spread, trajectories)
+    once = node_weight(trajectories, advantage.dtype)
+    index, groups = group_index(trajectories.group)
+
+    def over_nodes(value: Tensor) -> Tensor:
+        total = value.new_zeros(groups, value.shape[1])
+        return total.index_add(0, index, value * once)[index]
+
+    count = over_nodes(torch.ones_like(fused))
+    centred = (fused - over_nodes(fused) / count.clamp_min(1.0)) * trajectories.mask
+    std = (over_nodes(centred**2) / (count - 1).clamp_min(1.0)).sqrt()
+    usable = (count > 1.5) & (std >= min_std)
+    scaled = torch.where(usable, centred / (std + std_eps), torch.zeros_like(centred))
+    return scaled.clamp(-clip, clip)
 
 
 def step_std(advantage: Tensor, trajectories: Trajectories) -> Tensor:

@@ -1,4 +1,6 @@
-"""Filters: which samples enter the update. (trajectories, score ``[B]``) -> keep ``[B]`` bool.
+"""Filters: which samples enter the update. (trajectories, score ``[B]``) -> keep, bool.
+
+``[B]`` keeps samples, ``[B, T]`` single decisions.
 
 ``score`` is the combined reward before shaping, so that a length penalty cannot make every group
 look diverse (a pitfall of DAPO's dynamic sampling).
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmgrpo.core import groups
+from mmgrpo.core.credit import node_weight
 from mmgrpo.core.trajectories import Trajectories
 
 BEFORE_STATISTICS = frozenset({"uniform_groups"})
@@ -36,3 +39,34 @@ def zero_advantage(trajectories: Trajectories, score: Tensor) -> Tensor:
     if trajectories.advantage is None:
         return torch.ones_like(trajectories.group, dtype=torch.bool)
     return ((trajectories.advantage != 0) & trajectories.mask).any(dim=1)
+
+
+def prune_leaves(trajectories: Trajectories, score: Tensor, *, keep: float = 0.5) -> Tensor:
+    """Leave out the branches after the last split of middling leaves (BranchGRPO, 2509.06040).
+
+    Of the n leaves of a group, ``keep n`` stay, half of them with the highest and half with the
+    lowest advantage at their last decision; ties go to the earlier sample. Decisions up to and
+    with the last split stay for all. Only the update gets cheaper: every leaf was drawn and scored.
+
+    Returns:
+        ``[B, T]`` bool.
+
+    Raises:
+        ValueError: ``keep`` is not in (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1]; got {keep}.")
+    mask, advantage = trajectories.mask, trajectories.advantage
+    if trajectories.node is None or advantage is None:
+        return torch.ones_like(mask)
+    alone = (node_weight(trajectories) > 0.75) & mask
+    after = alone & (alone.cumsum(dim=1) > 1)  # the first unshared decision is the split's own
+    last = mask.long().cumsum(dim=1).argmax(dim=1, keepdim=True)
+    value = advantage.gather(1, last).squeeze(1)
+    kept = torch.ones_like(trajectories.group, dtype=torch.bool)
+    for group in torch.unique(trajectories.group):
+        rows = ((trajectories.group == group) & mask.any(dim=1)).nonzero().squeeze(1)
+        half = max(int(keep * len(rows) + 1e-9) // 2, 1)
+        order = rows[value[rows].argsort(descending=True, stable=True)]
+        kept[order[half : max(len(rows) - half, half)]] = False
+    return ~after | kept[:, None]

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from mmgrpo.core import ratios, trust_regions
+from mmgrpo.core import credit, ratios, trust_regions
 from mmgrpo.core.advantages import GROUP_BASELINES
 from mmgrpo.core.aggregation import Denominators
 from mmgrpo.core.collective import LOCAL, Collective
@@ -147,7 +147,8 @@ class Method:
         asked = {
             "ref_log_prob": bool(self.reward.kl),
             "baseline_reward": self.advantage.baseline == "greedy",
-            "groups": self.advantage.baseline in GROUP_BASELINES,
+            "groups": self.advantage.baseline in GROUP_BASELINES
+            or self.component("credit") in credit.COMPARES_GROUP,
             "entropy": bool(self.regulariser.entropy),
             "segment": self.component("ratio") == "segment",
         }

@@ -55,7 +55,7 @@ def prepare(method: Method, trajectories: Trajectories, collective: Collective) 
     """
     rewards = named_rewards(trajectories)
     score = weighted_sum(rewards, method.reward_weights)
-    counted = _keep(method, trajectories, score, before=True)
+    counted = _keep(method, trajectories, score, before=True).squeeze(1)
     exact = {
         name: torch.where(counted, reward, torch.full_like(reward, torch.nan)).double()
         for name, reward in rewards.items()
@@ -72,7 +72,7 @@ def prepare(method: Method, trajectories: Trajectories, collective: Collective) 
     )
     advantage = _spread(method, trajectories, zero_nan(advantage), collective).to(score.dtype)
     trajectories = trajectories.replace(advantage=advantage)
-    mask = trajectories.mask & _keep(method, trajectories, score, before=False)[:, None]
+    mask = trajectories.mask & _keep(method, trajectories, score, before=False)
     trajectories = trajectories.replace(mask=mask, advantage=advantage * mask)
     if trajectories.node is None or trajectories.weight is not None:
         return trajectories
@@ -80,11 +80,11 @@ def prepare(method: Method, trajectories: Trajectories, collective: Collective) 
 
 
 def _keep(method: Method, trajectories: Trajectories, score: Tensor, *, before: bool) -> Tensor:
-    """``[B]`` bool: what the filters of one stage keep."""
-    kept = torch.ones_like(trajectories.group, dtype=torch.bool)
+    """``[B, 1]`` or ``[B, T]`` bool: what the filters of one stage keep."""
+    kept = torch.ones_like(trajectories.group, dtype=torch.bool)[:, None]
     for name, keep in method.filters:
         if before == (name in BEFORE_STATISTICS):
-            kept = kept & keep(trajectories, score)
+            kept = kept & keep(trajectories, score).reshape(len(trajectories), -1)
     return kept
 
 

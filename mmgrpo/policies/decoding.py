@@ -101,15 +101,38 @@ class TokenState:
         self._next = self._next[rows]
         self.logits = self.logits[rows]
 
+    def join(self, other: TokenState) -> bool:
+        """Take over the rows of another state, below the present ones; not for gradients.
+
+        Returns:
+            False, and nothing has changed, where a layer of the model keeps less than all tokens.
+        """
+        if not (self._grow_in_place() and other._grow_in_place()):
+            return False
+        start = int(self._mask.any(dim=0).to(torch.uint8).argmax())  # padding of rows that left
+        for mine, theirs in zip(self._cache.layers, other._cache.layers, strict=True):
+            mine.join(theirs, start)
+        masks = (self._mask[:, start:], other._mask)
+        width = max(mask.shape[1] for mask in masks)
+        pad = torch.nn.functional.pad
+        self._mask = torch.cat([pad(mask, (width - mask.shape[1], 0)) for mask in masks])
+        self._next = torch.cat([self._next, other._next])
+        self.logits = torch.cat([self.logits, other.logits])
+        return True
+
+    def _grow_in_place(self) -> bool:
+        """Let the cache grow in place where it can; return whether all of it does."""
+        from mmgrpo.policies.growing_cache import grow_in_place
+
+        return grow_in_place(self._cache)
+
     def advance(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """Read ``[R, n]`` tokens and return the ``[N, V]`` logits after those in ``keep [R, n]``.
 
         Without ``keep``, n is 1 and every row's logits are returned and stay in ``logits``.
         """
         if keep is None:
-            from mmgrpo.policies.growing_cache import grow_in_place
-
-            grow_in_place(self._cache)
+            self._grow_in_place()
         self._mask = torch.cat([self._mask, self._mask.new_ones(tokens.shape)], dim=1)
         logits, self._cache = self._forward(
             torch.ones_like(tokens, dtype=torch.bool) if keep is None else keep,

@@ -3,6 +3,8 @@
 The cache of transformers copies all keys and values for every token. Not for gradients: what was
 read before would change under the backward pass.
 
+With room, rows of different lengths can also share one cache, aligned on the right.
+
 Shapes: R rows, H heads, L tokens so far, C >= L tokens that there is room for, D features.
 """
 
@@ -52,6 +54,23 @@ class GrowingLayer(DynamicLayer):
         """Keep the given rows."""
         self.batch_select_indices(beam_idx)
 
+    def join(self, other: GrowingLayer, start: int) -> None:
+        """Put another layer's rows below these, without these rows' first ``start`` tokens.
+
+        The shorter rows get zeros on the left: a masked value must be a number.
+        """
+        mine, length = len(self.keys), max(self._length - start, other._length)
+        joined = []
+        for full, theirs in zip(self._full, (other.keys, other.values), strict=True):
+            ours = full[..., start : self._length, :]
+            shape = (mine + len(theirs), full.shape[1], length + MIN_ROOM, full.shape[-1])
+            rows = full.new_zeros(shape)
+            rows[:mine, :, length - ours.shape[-2] : length] = ours
+            rows[mine:, :, length - theirs.shape[-2] : length] = theirs
+            joined.append(rows)
+        self._full = joined
+        self._show(length)
+
     def _show(self, length: int) -> None:
         self._length = length
         self.keys, self.values = (full[..., :length, :] for full in self._full)
@@ -63,10 +82,15 @@ def _with_room(full: Tensor, length: int, capacity: int) -> Tensor:
     return larger
 
 
-def grow_in_place(cache: Any) -> None:
-    """Let the plain layers of a transformers cache grow in place; others stay as they are."""
+def grow_in_place(cache: Any) -> bool:
+    """Let the plain layers of a transformers cache grow in place; others stay as they are.
+
+    Returns:
+        Whether all layers do now; never while gradients are recorded.
+    """
     if torch.is_grad_enabled():
-        return
+        return False
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
             cache.layers[place] = GrowingLayer(layer)
+    return all(type(layer) is GrowingLayer for layer in cache.layers)

@@ -1,7 +1,9 @@
 """The in-process engine for token policies: prompts read once, rows leave as they finish.
 
-Shapes: P prompts, R = P * group size rows, of which r are still being written, T new tokens at
-most, V tokens of the vocabulary.
+Where not all rows are written at the same time, waiting ones take the places of finished ones.
+
+Shapes: P prompts, R = P * group size rows, of which r are being written, T new tokens at most, V
+tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -45,7 +47,11 @@ class TokenPolicy(Protocol):
         ...
 
     def begin(self, prompts: Any) -> Any:
-        """Read encoded prompts; return rows on a cache with ``logits``, select() and advance()."""
+        """Read encoded prompts; return rows on a cache, with ``logits``.
+
+        ``select(rows)`` keeps rows, ``advance(tokens)`` reads one token more, and ``join(other)``
+        takes over the rows of another such state, or returns False if it cannot.
+        """
         ...
 
     def log_distribution(self, logits: Tensor, temperature: float) -> Tensor:
@@ -139,7 +145,7 @@ class AutoregressiveEngine:
             min_p: see :func:`filter_logits`; 0 is off.
             stop: strings that end a completion, and stay in it.
             max_rows: how many completions are written at the same time; None: all. Fewer need less
-                memory.
+                memory; the others wait until a quarter of the places is free.
 
         Raises:
             ConfigError: a number out of its range, or no room for a prompt in the context.
@@ -189,80 +195,98 @@ class AutoregressiveEngine:
         uniforms = draw_uniforms(seed, streams, self.room).to(encoded.ids.device)
         prompt_row = torch.arange(len(prompts), device=uniforms.device)
         prompt_row = prompt_row.repeat_interleave(group_size)
-        size = self._max_rows or len(prompt_row)
-        parts = [
-            self._write(encoded, rows, numbers)
-            for rows, numbers in zip(prompt_row.split(size), uniforms.split(size), strict=True)
-        ]
-        trajectories = self._assemble(parts, encoded, prompt_row, prompts, version)
+        written = self._write(encoded, prompt_row, uniforms)
+        trajectories = self._assemble(written, encoded, prompt_row, prompts, version)
         samples = self._samples(trajectories, prompts)
         decisions = int(trajectories.mask.sum())
         return Rollout(trajectories, samples, Cost(self.policy.forwards - forwards, 0, decisions))
 
     def _write(self, encoded: Any, prompt_row: Tensor, uniforms: Tensor) -> _Written:
-        """Write the completions of some rows, which shrink to those not yet ended."""
+        """Write all completions; ``rows`` are those in work, ``count`` how far each of them is."""
+        device, size = prompt_row.device, self._max_rows or len(prompt_row)
+        written = _Written.blank(len(prompt_row), self.room, self.policy.pad_id, device)
+        eos = torch.tensor(self.policy.eos_ids, dtype=torch.int64, device=device)
+        rows = count = torch.zeros(0, dtype=torch.int64, device=device)
+        state, started, joins = None, 0, True
+        while True:
+            free = min(size - len(rows), len(prompt_row) - started)
+            if free and (state is None or (joins and 4 * (size - len(rows)) >= size)):
+                fresh = self._begin(encoded, prompt_row[started : started + free])
+                if state is None or state.join(fresh):
+                    state = fresh if state is None else state
+                    rows = torch.cat([rows, torch.arange(started, started + free, device=device)])
+                    count = torch.cat([count, count.new_zeros(free)])
+                    started += free
+                else:  # rows of this model cannot join others: the rest waits for all of these
+                    joins = False
+            tokens = self._write_token(written, rows, count, state.logits, uniforms)
+            count = count + 1
+            ended = torch.isin(tokens, eos) | self._has_stop(written.ids[rows], count)
+            left = ~ended & (count < self.room)
+            if not bool(left.all()):
+                written.ended[rows] = ended
+                rows, count, tokens = rows[left], count[left], tokens[left]
+                if len(rows) == 0 and started == len(prompt_row):
+                    return written
+                if len(rows) == 0:
+                    state = None
+                    continue
+                state.select(left.nonzero().squeeze(1))
+            state.advance(tokens[:, None])
+
+    def _begin(self, encoded: Any, prompt_row: Tensor) -> Any:
+        """Read the prompts of some rows, each once."""
         unique, inverse = torch.unique(prompt_row, return_inverse=True)
         state = self.policy.begin(encoded.select(unique))
         state.select(inverse)
-        rows = torch.arange(len(prompt_row), device=prompt_row.device)
-        written = _Written.blank(len(rows), self.room, self.policy.pad_id, rows.device)
-        eos = torch.tensor(self.policy.eos_ids, dtype=torch.int64, device=rows.device)
-        for step in range(self.room):
-            log_p = self.policy.log_distribution(state.logits, self._temperature or 1.0)
-            tokens = self._draw(log_p, uniforms[rows, step])
-            written.ids[rows, step] = tokens
-            written.log_prob[rows, step] = log_p.gather(-1, tokens[:, None]).squeeze(-1)
-            written.entropy[rows, step] = self.policy.entropy(log_p)
-            written.mask[rows, step] = True
-            ended = torch.isin(tokens, eos) | self._has_stop(written.ids[rows, : step + 1])
-            if bool(ended.any()):
-                written.ended[rows] = ended
-                rows, tokens = rows[~ended], tokens[~ended]
-                if len(rows) == 0:
-                    break
-                state.select((~ended).nonzero().squeeze(1))
-            if step + 1 < self.room:
-                state.advance(tokens[:, None])
-        return written
+        return state
+
+    def _write_token(
+        self, written: _Written, rows: Tensor, count: Tensor, logits: Tensor, uniforms: Tensor
+    ) -> Tensor:
+        """Draw the next token of ``rows [r]`` and write it at ``count [r]``."""
+        log_p = self.policy.log_distribution(logits, self._temperature or 1.0)
+        tokens = self._draw(log_p, uniforms[rows, count])
+        written.ids[rows, count] = tokens
+        written.log_prob[rows, count] = log_p.gather(-1, tokens[:, None]).squeeze(-1)
+        written.entropy[rows, count] = self.policy.entropy(log_p)
+        written.mask[rows, count] = True
+        return tokens
 
     def _draw(self, log_p: Tensor, uniforms: Tensor) -> Tensor:
         if self._temperature == 0:
             return log_p.argmax(dim=-1)
         return sample_inverse_cdf(filter_logits(log_p, **self._filters).exp(), uniforms)
 
-    def _has_stop(self, ids: Tensor) -> Tensor:
-        """Return ``[r]`` whether a stop string has just been completed in ``ids [r, t]``."""
+    def _has_stop(self, ids: Tensor, count: Tensor) -> Tensor:
+        """Return ``[r]`` whether the first ``count [r]`` of ``ids [r, T]`` end in a stop string."""
         if not self._stop:
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         # A token is at least one byte of text; a few more cover tokens that decode to nothing.
         window = max(len(text.encode()) for text in self._stop) + 8
-        tails = self.policy.decode(ids[:, -window:].tolist(), special=True)
+        pairs = zip(ids.tolist(), count.tolist(), strict=True)
+        tails = self.policy.decode([row[max(n - window, 0) : n] for row, n in pairs], special=True)
         found = [any(text in tail for text in self._stop) for tail in tails]
         return torch.tensor(found, device=ids.device)
 
     def _assemble(
         self,
-        parts: Sequence[_Written],
+        written: _Written,
         encoded: Any,
         prompt_row: Tensor,
         prompts: Sequence[Prompt],
         version: int,
     ) -> Trajectories:
-        mask = torch.cat([part.mask for part in parts])
-        width = int(mask.sum(dim=1).max())
-
-        def join(name: str) -> Tensor:
-            return torch.cat([getattr(part, name) for part in parts])[:, :width]
-
+        width = int(written.mask.sum(dim=1).max())
         index = torch.tensor([prompt.index for prompt in prompts], device=prompt_row.device)
-        ids, temperature = join("ids"), self._temperature or 1.0
+        ids, temperature = written.ids[:, :width], self._temperature or 1.0
         return Trajectories(
             group=index[prompt_row],
-            mask=mask[:, :width],
-            old_log_prob=join("log_prob"),
-            entropy=join("entropy"),
+            mask=written.mask[:, :width],
+            old_log_prob=written.log_prob[:, :width],
+            entropy=written.entropy[:, :width],
             version=torch.full_like(prompt_row, version),
-            truncated=~torch.cat([part.ended for part in parts]),
+            truncated=~written.ended,
             payload=self.policy.payload(encoded, prompt_row, ids, temperature),
         )
 

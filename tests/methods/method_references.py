@@ -281,6 +281,43 @@ def grpo_guard(b, lp, sg):
 
 
 @reference
+def tempflow_grpo(b, lp, sg):
+    sample, a, loss = clamped(z_score(b, 1e-4, statistics.pstdev)), {}, 0.0
+    for i, t in b.all:
+        a[i, t] = sample[i] * b.std[i][t] / statistics.fmean(b.std[i])
+        kl = (lp[i][t] - b.ref[i][t]) ** 2 / 8
+        loss += ppo(exp(lp[i][t] - b.old[i][t]), a[i, t], 1e-4, 1e-4) + 0.004 * kl
+    return a, loss / len(b.all)
+
+
+@reference
+def branch_grpo(b, lp, sg):
+    """Without shared decisions: a z-score over the group's samples that reach a depth."""
+    a, loss = dict.fromkeys(b.all, 0.0), 0.0
+    for rows in b.groups:
+        for t in {t for i in rows for t in b.steps[i]}:
+            there = [i for i in rows if t in b.steps[i]]
+            values = [b.reward[i] for i in there]
+            scale = statistics.stdev(values) if len(values) > 1 else 0.0
+            for i in there if scale >= 1e-6 else []:
+                a[i, t] = (b.reward[i] - statistics.fmean(values)) / (scale + 1e-8)
+    a = clamped(a)
+    for i, t in b.all:
+        loss += ppo(exp(lp[i][t] - b.old[i][t]), a[i, t], 1e-3, 1e-3)
+    return a, loss / len(b.all)
+
+
+@reference
+def branch_grpo_mix(b, lp, sg):
+    return branch_grpo(b, lp, sg)
+
+
+@reference
+def branch_grpo_pruned(b, lp, sg):
+    return branch_grpo(b, lp, sg)
+
+
+@reference
 def mix_grpo(b, lp, sg):
     return dance_grpo(b, lp, sg)
 

@@ -140,7 +140,7 @@ def test_a_sample_to_which_no_reward_applies_is_as_good_as_absent(name):
 def test_a_group_of_one_has_its_reward_as_advantage(name):
     """Baseline 0 and scale 1, unless the method takes out or rescales what has no spread."""
     method = load_method(
-        name, regulariser=None, reward=None, filter=None,
+        name, regulariser=None, reward=None, filter=None, credit=None,
         advantage={"clip": None, "valid_group_factor": None, "whiten": None},
     )  # fmt: skip
     one = torch.ones(1, 3)

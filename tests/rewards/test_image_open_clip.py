@@ -89,8 +89,8 @@ def test_contract(tiny, reward):
 @needs_open_clip
 def test_unknown_architectures(tiny, tmp_path):
     weights = str(tiny[0] / "weights.safetensors")
-    with pytest.raises(ConfigError, match="'ViT-H-15'; did you mean 'ViT-H-14'"):
-        ImageHps(weights, "ViT-H-15")
+    with pytest.raises(ConfigError, match="'ViTH-14'; did you mean 'ViT-H-14'"):
+        ImageHps(weights, "ViTH-14")
     (tmp_path / "other.json").write_text("{}")
     for path in ("no.json", str(tmp_path / "other.json")):
         with pytest.raises(ConfigError, match="JSON file with embed_dim, vision_cfg and text_cfg"):

@@ -197,6 +197,49 @@ def test_the_batch_shrinks_and_its_cost_is_counted(policy):
     assert rollout.cost.backwards == 0
 
 
+def test_waiting_rows_take_the_places_of_finished_ones(policy):
+    sizes = []
+    hook = policy.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: sizes.append(tuple(args[0].shape))
+    )
+    rollout = generate(policy, group_size=20, max_rows=8)
+    hook.remove()
+    decoded = [rows for rows, tokens in sizes if tokens == 1]
+    assert max(decoded) == 8
+    lengths = rollout.trajectories.lengths
+    in_batches = sum(int(part.max()) - 1 for part in lengths.split(8))
+    assert len(decoded) < 0.85 * in_batches
+    assert rows_of(rollout) == rows_of(generate(policy, group_size=20))
+    again = policy.evaluate(rollout.trajectories).log_prob
+    torch.testing.assert_close(rollout.trajectories.old_log_prob, again, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "granite"])
+def test_so_they_do_in_other_families_or_wait(family):
+    policy = eager_to_end(AutoregressivePolicy(tiny_text(family)), by=1.5)
+    rollout = generate(policy, group_size=6, max_rows=5, stop=("q",))
+    assert rows_of(rollout) == rows_of(generate(policy, group_size=6, stop=("q",)))
+    again = policy.evaluate(rollout.trajectories).log_prob
+    torch.testing.assert_close(rollout.trajectories.old_log_prob, again, atol=1e-5, rtol=0)
+
+
+def test_the_padding_of_rows_that_left_is_dropped(policy):
+    widths = []
+    forward = policy.model.forward
+
+    def watched(*args, **kwargs):
+        widths.append(kwargs["attention_mask"].shape[1])
+        return forward(*args, **kwargs)
+
+    policy.model.forward = watched
+    try:
+        generate(policy, group_size=30, max_rows=4)
+    finally:
+        policy.model.forward = forward
+    longest = int(policy.encode(text_prompts(), max_new_tokens=LENGTH).mask.sum(dim=1).max())
+    assert max(widths) <= longest + 2 * LENGTH
+
+
 def test_groups_and_versions_are_filled(policy):
     engine = AutoregressiveEngine(policy, max_new_tokens=4)
     found = engine.generate(text_prompts(), group_size=2, seed=0, version=6).trajectories

@@ -207,10 +207,10 @@ def moved_evaluation(policy, trajectories, method):
     with torch.no_grad():
         old = policy.evaluate(trajectories, Request(prediction=True)).prediction
         trajectories = trajectories.replace(old_prediction=old)
-        policy.network.proj_out.bias.add_(0.003)
+        policy.network.proj_out.bias.add_(0.02)
         found = policy.evaluate(trajectories, method.request)
         now = policy.evaluate(trajectories, Request(prediction=True)).prediction
-        policy.network.proj_out.bias.sub_(0.003)
+        policy.network.proj_out.bias.sub_(0.02)
     return trajectories, found, now
 
 

@@ -134,6 +134,30 @@ def test_not_even_where_a_parallel_sum_is_not_monotonic(monkeypatch):
         assert int(found) in (1, 4)
 
 
+@pytest.mark.parametrize("size", [513, 768, 1000, 4096])
+def test_a_large_vocabulary_is_searched_in_blocks_with_the_same_result(size):
+    torch.manual_seed(size)
+    weights = (torch.randint(0, 5, (40, size)) * (torch.rand(40, size) < 0.02)).double()
+    weights[:, 300] = 1.0
+    weights[7, :] = 0.0
+    weights[7, size - 1] = 1.0
+    weights[8, 256:] = 0.0
+    for uniform in (0.0, 0.25, 0.37, 0.5, 1 - 2**-53, 1.0):
+        found = sample_inverse_cdf(weights, torch.full((40,), uniform, dtype=torch.float64))
+        assert found.tolist() == [sample_by_loop(row, uniform) for row in weights.tolist()]
+
+
+def test_float32_blocks_draw_each_token_by_its_share():
+    torch.manual_seed(0)
+    probs = torch.randn(5000).mul(2).softmax(-1)
+    uniforms = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    found = torch.cat(
+        [sample_inverse_cdf(probs.expand(500, -1), part) for part in uniforms.split(500)]
+    )
+    counts = torch.bincount(found, minlength=5000)
+    assert (counts - 20000 * probs.double()).abs().max() <= 1.01
+
+
 def test_evenly_spaced_uniforms_draw_each_token_by_its_share():
     probs = torch.tensor([0.1, 0.0, 0.35, 0.05, 0.5], dtype=torch.float64)
     count = 2000

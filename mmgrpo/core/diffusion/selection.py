@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmgrpo.core.diffusion.topology import places
 from mmgrpo.core.diffusion.windows import Pace, window_start
 from mmgrpo.core.seeding import generator
 
@@ -149,6 +150,21 @@ def moving_window(
     return steps.shared(start, min(start + width, end))
 
 
+def listed(steps: Steps, *, at: Sequence[int | float]) -> Selection:
+    """The given steps draw noise and are trained (BranchGRPO-Mix, arXiv:2509.06040).
+
+    Args:
+        steps: what the selection is made for.
+        at: steps; a float is a share of the schedule, rounded down to a step.
+    """
+    chosen = places(at, steps.count)
+    if not chosen or chosen[0] < 0 or chosen[-1] > steps.count - 2:
+        raise ValueError(f"steps must lie in [0, {steps.count - 2}] (T - 2); got {list(at)}.")
+    stochastic = torch.zeros(steps.count, dtype=torch.bool)
+    stochastic[chosen] = True
+    return Selection(stochastic, stochastic.repeat(len(steps.sample_seeds), 1))
+
+
 SELECTORS: Mapping[str, Callable[..., Selection]] = MappingProxyType(
     {
         "all_but_last": all_but_last,
@@ -156,6 +172,7 @@ SELECTORS: Mapping[str, Callable[..., Selection]] = MappingProxyType(
         "single": single,
         "window": window,
         "moving_window": moving_window,
+        "listed": listed,
     }
 )
 

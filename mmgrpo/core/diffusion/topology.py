@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+
+def places(steps: Sequence[int | float], count: int) -> list[int]:
+    """Return rising, distinct steps; a float is a share of ``count``, rounded down."""
+    return sorted({math.floor(s * count + 1e-9) if isinstance(s, float) else s for s in steps})
 
 
 @dataclass(frozen=True)
@@ -20,13 +26,14 @@ class Tree:
 
     Attributes:
         splits: denoising steps at which a state has several children, or ``stochastic``: all that
-            draw noise. A split step must draw noise, or the children would be equal.
+            draw noise. A fraction names the step at that share of the schedule; equal steps are
+            one split. A split step must draw noise, or the children would be equal.
         width: children at a split; None shares the group's samples out among ``roots`` trees,
             which then have one split.
         roots: number of trees where ``width`` is None.
     """
 
-    splits: tuple[int, ...] | Literal["stochastic"] = ()
+    splits: tuple[int | float, ...] | Literal["stochastic"] = ()
     width: int | None = 2
     roots: int = 1
 
@@ -52,10 +59,11 @@ class Tree:
         drawn = stochastic.nonzero().flatten().tolist()
         if self.splits == "stochastic":
             return drawn
-        silent = sorted(set(self.splits) - set(drawn))
+        splits = places(self.splits, len(stochastic))
+        silent = sorted(set(splits) - set(drawn))
         if silent:
             raise ValueError(f"split steps {silent} draw no noise; the steps that do: {drawn}.")
-        return sorted(set(self.splits))
+        return splits
 
     def owners(
         self, group_size: int, stochastic: Tensor, *, shared_start: bool = False

@@ -1,0 +1,98 @@
+"""A vision-language model marks each picture."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+from PIL import Image
+
+from mmgrpo.errors import ConfigError
+
+from .judge_endpoint import JudgeEndpoint, JudgeFailure, read_object
+from .text import text_of
+
+QUESTION = """\
+This picture was generated for the prompt: {prompt}
+
+How well does it show what the prompt asks for, and how well is it made?
+Answer with JSON only: {"score": N}, with N from 0 (not at all) to 10 (perfectly)."""
+
+
+class ImageJudge:
+    """Score pictures by the mark of a vision-language model behind an OpenAI-compatible endpoint.
+
+    The model sees the question, in which ``{prompt}`` is replaced, and the picture, and answers
+    ``{"score": N}``. Marks are brought from the scale to [0, 1].
+
+    Range [0, 1], higher is better. An answer that is not such an object, or off the scale, is asked
+    for again; if it stays so, or the endpoint fails, the reward raises: nothing is counted as 0.
+    Costs one request per picture. What the model may be used for is a matter of its licence.
+
+    Args:
+        url: the endpoint, such as ``http://localhost:8000/v1``.
+        model: the name under which it serves the model.
+        question: what it is asked.
+        scale: the worst and the best mark.
+        api_key_env: name of the environment variable with the key, if one is needed.
+        timeout_s: limit of one request, in seconds.
+        retries: how often a request or an unreadable answer is repeated.
+        wait_s: pause before the first repetition; it doubles each time.
+        concurrency: requests under way at the same time.
+        check: ask at the start whether the endpoint is there and serves the model.
+
+    Raises:
+        ConfigError: no endpoint, an unknown model, a missing key, or a bad scale or question.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        question: str = QUESTION,
+        scale: tuple[float, float] = (0, 10),
+        api_key_env: str | None = None,
+        timeout_s: float = 60.0,
+        retries: int = 3,
+        wait_s: float = 0.5,
+        concurrency: int = 16,
+        check: bool = True,
+    ) -> None:
+        self.worst, self.best = (float(mark) for mark in scale)
+        if not self.worst < self.best:
+            raise ConfigError(f"image_judge: scale must go from low to high; got {list(scale)}.")
+        if "{prompt}" not in question:
+            raise ConfigError("image_judge: the question must contain {prompt}.")
+        self.question = question
+        self.endpoint = JudgeEndpoint(
+            "image_judge", url, model, api_key_env=api_key_env, timeout_s=timeout_s,
+            retries=retries, wait_s=wait_s, concurrency=concurrency, max_tokens=512, check=check,
+        )  # fmt: skip
+
+    async def __call__(
+        self, images: list[Image.Image], prompts: list[Any], **_columns: Any
+    ) -> list[float | None]:
+        """Score each picture; see the class."""
+        marks = [
+            self._mark(image, self.question.replace("{prompt}", text_of(prompt)))
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
+        return list(await asyncio.gather(*marks))
+
+    async def _mark(self, image: Image.Image, question: str) -> float:
+        answer = ""
+        for _ in range(self.endpoint.retries + 1):
+            answer = await self.endpoint.ask(question, [image])
+            mark = (read_object(answer) or {}).get("score")
+            if _is_number(mark) and self.worst <= mark <= self.best:
+                return (float(mark) - self.worst) / (self.best - self.worst)
+        raise JudgeFailure(
+            f'expected {{"score": N}} with N from {self.worst:g} to {self.best:g}; '
+            f"the judge answered {answer[:200]!r}"
+        )
+
+
+def _is_number(mark: Any) -> bool:
+    return isinstance(mark, int | float) and not isinstance(mark, bool) and math.isfinite(mark)

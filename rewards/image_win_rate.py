@@ -1,0 +1,138 @@
+"""A vision-language model compares the pictures of a prompt with each other, two at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from mmgrpo.errors import ConfigError
+
+from .judge_endpoint import JudgeEndpoint, JudgeFailure, read_object
+from .text import text_of
+
+logger = logging.getLogger(__name__)
+
+QUESTION = """\
+Two pictures were generated for the prompt: {prompt}
+
+Which one shows better what the prompt asks for, and is better made?
+Answer with JSON only: {"better": 1}, {"better": 2}, or {"better": 0} if neither is."""
+
+WIN: Mapping[Any, float] = {1: 1.0, 2: 0.0, 0: 0.5}
+"""The verdict -> what the first picture gets; the second gets the rest."""
+
+
+class ImageWinRate:
+    """Score pictures by how often a model prefers them to the others of their prompt.
+
+    The pictures of a call that have the same prompt are a group; every two of them are shown to the
+    model, in both orders so that a preference for a position cancels. With w the mean of the two
+    verdicts, 1 for a preference and 0.5 for a tie or an answer that cannot be read (Pref-GRPO,
+    arXiv 2508.20751; its rounding to three digits is left out)::
+
+        R_i = sum over the others j of w(i, j) / (G - 1)
+
+    Range [0, 1], higher is better; the mean over a group is always 0.5, so this shows no progress
+    of the whole: log a pointwise reward beside it with weight 0. A picture without others scores
+    0.5, after one request with itself. An endpoint that fails raises; if it fails for some groups
+    only, their pictures score NaN, which the run treats as failed, and the log says why. Costs
+    G (G - 1) requests per group, half of it without ``swap``.
+
+    Args:
+        url: the endpoint, such as ``http://localhost:8000/v1``.
+        model: the name under which it serves the model.
+        question: what it is asked; ``{prompt}`` is replaced.
+        swap: show each pair in both orders.
+        api_key_env: name of the environment variable with the key, if one is needed.
+        timeout_s: limit of one request, in seconds.
+        retries: how often a request is repeated.
+        wait_s: pause before the first repetition; it doubles each time.
+        concurrency: requests under way at the same time.
+        check: ask at the start whether the endpoint is there and serves the model.
+
+    Raises:
+        ConfigError: no endpoint, an unknown model, a missing key, or a bad question.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        question: str = QUESTION,
+        swap: bool = True,
+        api_key_env: str | None = None,
+        timeout_s: float = 60.0,
+        retries: int = 3,
+        wait_s: float = 0.5,
+        concurrency: int = 16,
+        check: bool = True,
+    ) -> None:
+        if "{prompt}" not in question:
+            raise ConfigError("image_win_rate: the question must contain {prompt}.")
+        self.question, self.swap = question, swap
+        self.endpoint = JudgeEndpoint(
+            "image_win_rate", url, model, api_key_env=api_key_env, timeout_s=timeout_s,
+            retries=retries, wait_s=wait_s, concurrency=concurrency, max_tokens=512, check=check,
+        )  # fmt: skip
+
+    async def __call__(
+        self, images: list[Image.Image], prompts: list[Any], **_columns: Any
+    ) -> list[float | None]:
+        """Score each picture; see the class."""
+        groups: dict[str, list[int]] = {}
+        for number, (_, prompt) in enumerate(zip(images, prompts, strict=True)):
+            groups.setdefault(text_of(prompt), []).append(number)
+        outcomes = await asyncio.gather(
+            *(self._rates([images[n] for n in rows], text) for text, rows in groups.items()),
+            return_exceptions=True,
+        )
+        failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        for failure in failed:
+            if not isinstance(failure, JudgeFailure) or len(failed) == len(outcomes):
+                raise failure
+            logger.warning("image_win_rate: a group of pictures has no score: %s", failure)
+        scores = [math.nan] * len(images)
+        for rows, outcome in zip(groups.values(), outcomes, strict=True):
+            if not isinstance(outcome, BaseException):
+                for row, rate in zip(rows, outcome, strict=True):
+                    scores[row] = rate
+        return list(scores)
+
+    async def _rates(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
+        """The win rates of one group."""
+        size = len(images)
+        if size == 1:
+            await self.endpoint.ask(self.question.replace("{prompt}", prompt), [images[0]] * 2)
+            return [0.5]
+        pairs = list(itertools.combinations(range(size), 2))
+        orders = [*pairs, *((j, i) for i, j in pairs)] if self.swap else pairs
+        verdicts = await asyncio.gather(
+            *(self._first_wins(prompt, images[i], images[j]) for i, j in orders)
+        )
+        if all(verdict is None for verdict in verdicts):
+            raise JudgeFailure(
+                f"none of the judge's {len(verdicts)} answers about a prompt could be read; "
+                'expected {"better": 1}, {"better": 2} or {"better": 0}'
+            )
+        wins = [0.0] * size
+        for (i, j), verdict in zip(orders, verdicts, strict=True):
+            win = 0.5 if verdict is None else verdict
+            wins[i] += win
+            wins[j] += 1.0 - win
+        return [won / (size - 1) / (1 + self.swap) for won in wins]
+
+    async def _first_wins(
+        self, prompt: str, first: Image.Image, second: Image.Image
+    ) -> float | None:
+        """What the first of two pictures gets; None for an answer that cannot be read."""
+        question = self.question.replace("{prompt}", prompt)
+        answer = read_object(await self.endpoint.ask(question, [first, second])) or {}
+        better = answer.get("better")
+        return WIN.get(better) if type(better) is int else None
