@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmgrpo.config import Config
+from mmgrpo.config.schema import ImageRollout
 from mmgrpo.errors import ConfigError, DataError, MethodError, MissingExtraError
 from mmgrpo.methods import Method
 from mmgrpo.protocols import Policy, Prompt
@@ -49,6 +50,8 @@ def check_method(method: Method, config: Config, world: int = 1) -> None:
             f"method {method.id} is held to a reference and model.reference is 'none'; use 'auto', "
             "or switch the term off (regulariser.kl.coefficient=0, reward.kl=0)."
         )
+    if isinstance(config.rollout, ImageRollout):
+        method.check_rollout(num_steps=config.rollout.num_steps, group_size=group_size)
     _check_division(config, world)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 from PIL import Image
 
@@ -87,12 +87,12 @@ class ImageJudge:
             answer = await self.endpoint.ask(question, [image])
             mark = (read_object(answer) or {}).get("score")
             if _is_number(mark) and self.worst <= mark <= self.best:
-                return (float(mark) - self.worst) / (self.best - self.worst)
+                return (mark - self.worst) / (self.best - self.worst)
         raise JudgeFailure(
             f'expected {{"score": N}} with N from {self.worst:g} to {self.best:g}; '
             f"the judge answered {answer[:200]!r}"
         )
 
 
-def _is_number(mark: Any) -> bool:
+def _is_number(mark: Any) -> TypeGuard[float]:
     return isinstance(mark, int | float) and not isinstance(mark, bool) and math.isfinite(mark)

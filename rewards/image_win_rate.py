@@ -40,7 +40,8 @@ class ImageWinRate:
 
     Range [0, 1], higher is better; the mean over a group is always 0.5, so this shows no progress
     of the whole: log a pointwise reward beside it with weight 0. A picture without others scores
-    0.5, after one request with itself. An endpoint that fails raises; if it fails for some groups
+    0.5, after one request with itself. An endpoint that fails, or no answer of which can be read,
+    raises; if it fails for some groups
     only, their pictures score NaN, which the run treats as failed, and the log says why. Costs
     G (G - 1) requests per group, half of it without ``swap``.
 
@@ -98,35 +99,36 @@ class ImageWinRate:
             if not isinstance(failure, JudgeFailure) or len(failed) == len(outcomes):
                 raise failure
             logger.warning("image_win_rate: a group of pictures has no score: %s", failure)
+        rated = [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+        if images and not any(readable for _, readable in rated):
+            raise JudgeFailure(
+                "none of the judge's answers could be read; expected "
+                '{"better": 1}, {"better": 2} or {"better": 0}'
+            )
         scores = [math.nan] * len(images)
         for rows, outcome in zip(groups.values(), outcomes, strict=True):
             if not isinstance(outcome, BaseException):
-                for row, rate in zip(rows, outcome, strict=True):
+                for row, rate in zip(rows, outcome[0], strict=True):
                     scores[row] = rate
         return list(scores)
 
-    async def _rates(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
-        """The win rates of one group."""
+    async def _rates(self, images: Sequence[Image.Image], prompt: str) -> tuple[list[float], int]:
+        """The win rates of one group, and how many of the answers could be read."""
         size = len(images)
-        if size == 1:
-            await self.endpoint.ask(self.question.replace("{prompt}", prompt), [images[0]] * 2)
-            return [0.5]
         pairs = list(itertools.combinations(range(size), 2))
         orders = [*pairs, *((j, i) for i, j in pairs)] if self.swap else pairs
         verdicts = await asyncio.gather(
-            *(self._first_wins(prompt, images[i], images[j]) for i, j in orders)
+            *(self._first_wins(prompt, images[i], images[j]) for i, j in orders or [(0, 0)])
         )
-        if all(verdict is None for verdict in verdicts):
-            raise JudgeFailure(
-                f"none of the judge's {len(verdicts)} answers about a prompt could be read; "
-                'expected {"better": 1}, {"better": 2} or {"better": 0}'
-            )
+        readable = sum(verdict is not None for verdict in verdicts)
+        if size == 1:
+            return [0.5], readable
         wins = [0.0] * size
         for (i, j), verdict in zip(orders, verdicts, strict=True):
             win = 0.5 if verdict is None else verdict
             wins[i] += win
             wins[j] += 1.0 - win
-        return [won / (size - 1) / (1 + self.swap) for won in wins]
+        return [won / (size - 1) / (1 + self.swap) for won in wins], readable
 
     async def _first_wins(
         self, prompt: str, first: Image.Image, second: Image.Image

@@ -98,9 +98,7 @@ class JudgeEndpoint:
             except _TransientError as error:
                 if attempt == self.retries:
                     times = f" {attempt + 1} times" if attempt else ""
-                    raise JudgeFailure(
-                        f"the judge at {self.url} failed{times}: {error}"
-                    ) from error
+                    raise JudgeFailure(f"the judge at {self.url} failed{times}: {error}") from error
             await asyncio.sleep(self.wait_s * 2**attempt)
         raise AssertionError("unreachable")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping
@@ -76,36 +77,52 @@ def find_shapes(
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
     background = np.bincount(border, minlength=len(COLOURS) + 1).argmax()
     return [
-        _measure(mask, colour)
+        _measure(*area, colour)
         for index, colour in enumerate(COLOURS)
         if index != background
-        for mask in _areas(labels == index, min_area * labels.size)
+        for area in _areas(labels == index, min_area * labels.size)
     ]
+
+
+@functools.lru_cache(maxsize=4)
+def _colour_table(limit: float) -> np.ndarray[Any, Any]:
+    """``[64, 64, 64]`` index into the colours for every fourth value, their number for none."""
+    levels = np.arange(2, 256, 4, dtype=np.float32)
+    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1)
+    known = np.array(list(COLOURS.values()), dtype=np.float32)
+    distance = np.stack([np.linalg.norm(grid - colour, axis=-1) for colour in known])
+    table = np.where(distance.min(axis=0) <= limit, distance.argmin(axis=0), len(COLOURS))
+    return table.astype(np.uint8)
 
 
 def _nearest_colour(pixels: np.ndarray[Any, Any], limit: float) -> np.ndarray[Any, Any]:
     """``[H, W]`` index into the colours, or their number where none is within the limit."""
-    table = np.array(list(COLOURS.values()), dtype=np.float32)
-    distance = np.linalg.norm(pixels[:, :, None].astype(np.float32) - table, axis=-1)
-    return np.where(distance.min(axis=-1) <= limit, distance.argmin(axis=-1), len(COLOURS))
+    red, green, blue = np.moveaxis(pixels >> 2, -1, 0)
+    return _colour_table(limit)[red, green, blue]
 
 
-def _areas(mask: np.ndarray[Any, Any], smallest: float) -> Iterator[np.ndarray[Any, Any]]:
-    """The connected areas that are large enough and nowhere-thin, each ``[H, W]`` bool.
+def _areas(
+    mask: np.ndarray[Any, Any], smallest: float
+) -> Iterator[tuple[np.ndarray[Any, Any], int, int]]:
+    """The connected areas that are large and not thin, each cut out, with its first row and column.
 
     Areas without a 3 x 3 core are the seams between two colours, not shapes.
     """
     from scipy import ndimage
 
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    core = set(np.unique(labels[ndimage.binary_erosion(mask, structure=np.ones((3, 3)))]))
+    if mask.sum() < smallest:
+        return
+    square = np.ones((3, 3))
+    labels, _ = ndimage.label(mask, structure=square)
     sizes = np.bincount(labels.ravel())
-    for number in range(1, count + 1):
-        if sizes[number] >= smallest and number in core:
-            yield labels == number
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        if sizes[number] >= smallest:
+            area = labels[box] == number
+            if ndimage.binary_erosion(area, structure=square).any():
+                yield area, box[0].start, box[1].start
 
 
-def _measure(mask: np.ndarray[Any, Any], colour: str) -> Shape:
+def _measure(mask: np.ndarray[Any, Any], top: int, left: int, colour: str) -> Shape:
     """An outlined shape, or one with another inside it, is what it is when it is filled."""
     from scipy import ndimage
 
@@ -119,9 +136,8 @@ def _measure(mask: np.ndarray[Any, Any], colour: str) -> Shape:
     name: str | None = best if distances[best] <= MAX_OUTLINE_DISTANCE else None
     if aspect > MAX_ASPECT and best in ELONGATED:
         name = ELONGATED[best] if name else None
-    return Shape(
-        name, colour, float(columns.mean() + 0.5), float(rows.mean() + 0.5), int(mask.sum())
-    )
+    x, y = left + float(columns.mean()) + 0.5, top + float(rows.mean()) + 0.5
+    return Shape(name, colour, x, y, int(mask.sum()))
 
 
 def outline(mask: np.ndarray[Any, Any]) -> tuple[float, float, float]:

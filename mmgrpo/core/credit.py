@@ -8,7 +8,6 @@ from torch import Tensor
 from mmgrpo.core.groups import group_index
 from mmgrpo.core.trajectories import Trajectories
 
-
 COMPARES_GROUP = frozenset({"depthwise"})
 """Credits that compare the samples of a group with each other."""
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 READS_DIVERGENCE = frozenset({"divergence_mask"})
 """Rules that read the divergence of each decision from the old policy."""
 

@@ -13,7 +13,7 @@ import torch
 from mmgrpo.core.diffusion import KERNELS, select_steps
 from mmgrpo.core.objectives import Decisions
 from mmgrpo.core.ratios import READS_DIVERGENCE
-from mmgrpo.errors import nearest
+from mmgrpo.errors import MethodError, nearest
 from mmgrpo.methods.components import accepts
 
 if TYPE_CHECKING:
@@ -45,6 +45,24 @@ def _rollout(method: Method) -> Iterator[str]:
         select_steps(method.rollout.selection, 1000, seed=0, sample_seeds=[0])
     except ValueError as error:
         yield f"rollout.selection: {_sentence(error)}"
+
+
+def check_rollout(method: Method, *, num_steps: int, group_size: int) -> None:
+    """Refuse a schedule or a group that the rollout's steps and tree do not fit.
+
+    Raises:
+        MethodError: a window or a split outside the schedule, or a group that is no whole number
+            of trees.
+    """
+    rollout = method.rollout
+    try:
+        chosen = select_steps(rollout.selection, num_steps, seed=0, sample_seeds=[0])
+        rollout.tree.owners(group_size, chosen.stochastic)
+    except ValueError as error:
+        raise MethodError(
+            f"method {method.id} does not fit rollout.num_steps {num_steps} and "
+            f"rollout.group_size {group_size}: {_sentence(error)}"
+        ) from error
 
 
 def _objective(method: Method) -> Iterator[str]:

@@ -15,7 +15,7 @@ from mmgrpo.core.collective import LOCAL, Collective
 from mmgrpo.core.multi_reward import weighted_sum
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import MethodError, nearest
-from mmgrpo.methods.checks import contradictions
+from mmgrpo.methods.checks import check_rollout, contradictions
 from mmgrpo.methods.components import bind, make_options, spec_of, specs_of, with_default
 from mmgrpo.methods.loss import LossOutput, compute_loss
 from mmgrpo.methods.options import (
@@ -182,6 +182,10 @@ class Method:
             divergence=penalty.estimator if penalty.coefficient and penalty.gaussian else None,
             divergence_target=penalty.target,
         )
+
+    def check_rollout(self, *, num_steps: int, group_size: int) -> None:
+        """Refuse a schedule that the method's steps do not fit; raises MethodError."""
+        check_rollout(self, num_steps=num_steps, group_size=group_size)
 
     # -- verbs ----------------------------------------------------------------------------------
 

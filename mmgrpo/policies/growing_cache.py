@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-MIN_ROOM = 64
+MIN_ROOM = 16
 """Tokens of room that is left at least, when there has to be more."""
 
 
@@ -26,9 +26,11 @@ class GrowingLayer(DynamicLayer):
     def __init__(self, layer: DynamicLayer) -> None:
         """Take over what another layer holds."""
         super().__init__()
+        if layer.keys is None or layer.values is None:
+            raise ValueError("the layer holds nothing yet")
         self.dtype, self.device = layer.dtype, layer.device
         self.is_initialized = True
-        self._full = [layer.keys, layer.values]
+        self._full: list[Tensor] = [layer.keys, layer.values]
         self._show(layer.keys.shape[-2])
 
     def update(
@@ -38,12 +40,11 @@ class GrowingLayer(DynamicLayer):
         del args, kwargs
         start, stop = self._length, self._length + key_states.shape[-2]
         if stop > self._full[0].shape[-2]:
-            room = max(MIN_ROOM, stop // 2)
+            room = max(MIN_ROOM, stop // 8)
             self._full = [_with_room(full, start, stop + room) for full in self._full]
         for full, states in zip(self._full, (key_states, value_states), strict=True):
             full[..., start:stop, :] = states
-        self._show(stop)
-        return self.keys, self.values
+        return self._show(stop)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows."""
@@ -59,10 +60,10 @@ class GrowingLayer(DynamicLayer):
 
         The shorter rows get zeros on the left: a masked value must be a number.
         """
-        mine, length = len(self.keys), max(self._length - start, other._length)
+        mine, length = len(self._full[0]), max(self._length - start, other._length)
         joined = []
-        for full, theirs in zip(self._full, (other.keys, other.values), strict=True):
-            ours = full[..., start : self._length, :]
+        for full, its in zip(self._full, other._full, strict=True):
+            ours, theirs = full[..., start : self._length, :], its[..., : other._length, :]
             shape = (mine + len(theirs), full.shape[1], length + MIN_ROOM, full.shape[-1])
             rows = full.new_zeros(shape)
             rows[:mine, :, length - ours.shape[-2] : length] = ours
@@ -71,9 +72,11 @@ class GrowingLayer(DynamicLayer):
         self._full = joined
         self._show(length)
 
-    def _show(self, length: int) -> None:
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
         self._length = length
-        self.keys, self.values = (full[..., :length, :] for full in self._full)
+        keys, values = (full[..., :length, :] for full in self._full)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 def _with_room(full: Tensor, length: int, capacity: int) -> Tensor:

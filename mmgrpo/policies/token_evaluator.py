@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import MethodError, ModelError
 from mmgrpo.policies.decoding import (
-    Forward,
     SelectiveHead,
     TokenState,
     continue_positions,
@@ -107,7 +106,7 @@ class TokenEvaluator:
         """Read the prompts, one row each."""
         return self._begin(prompts, self._forward)
 
-    def _begin(self, prompts: TokenPrompts, forward: Forward) -> TokenState:
+    def _begin(self, prompts: TokenPrompts, forward: Callable[..., Any]) -> TokenState:
         keep = torch.zeros_like(prompts.mask)
         keep[:, -1] = True
         inputs = prompts.inputs()
@@ -132,7 +131,7 @@ class TokenEvaluator:
     def evaluate_plain(
         self, trajectories: Trajectories, request: Request = PLAIN_REQUEST
     ) -> Evaluation:
-        """Like :meth:`evaluate`, with the prompt read again for each completion, all logits kept."""
+        """Like :meth:`evaluate`, with prompts read again for each completion and no tiles."""
         return _evaluate(trajectories, request, self._read_plain)
 
     def _read_shared(

@@ -207,10 +207,11 @@ class AutoregressiveEngine:
         written = _Written.blank(len(prompt_row), self.room, self.policy.pad_id, device)
         eos = torch.tensor(self.policy.eos_ids, dtype=torch.int64, device=device)
         rows = count = torch.zeros(0, dtype=torch.int64, device=device)
-        state, started, joins = None, 0, True
+        state: Any = None
+        started, joins = 0, True
         while True:
             free = min(size - len(rows), len(prompt_row) - started)
-            if free and (state is None or (joins and 4 * (size - len(rows)) >= size)):
+            if free and (state is None or (joins and 4 * len(rows) <= 3 * size)):
                 fresh = self._begin(encoded, prompt_row[started : started + free])
                 if state is None or state.join(fresh):
                     state = fresh if state is None else state
@@ -221,7 +222,7 @@ class AutoregressiveEngine:
                     joins = False
             tokens = self._write_token(written, rows, count, state.logits, uniforms)
             count = count + 1
-            ended = torch.isin(tokens, eos) | self._has_stop(written.ids[rows], count)
+            ended = torch.isin(tokens, eos) | self._has_stop(written.ids, rows, count)
             left = ~ended & (count < self.room)
             if not bool(left.all()):
                 written.ended[rows] = ended
@@ -258,13 +259,13 @@ class AutoregressiveEngine:
             return log_p.argmax(dim=-1)
         return sample_inverse_cdf(filter_logits(log_p, **self._filters).exp(), uniforms)
 
-    def _has_stop(self, ids: Tensor, count: Tensor) -> Tensor:
-        """Return ``[r]`` whether the first ``count [r]`` of ``ids [r, T]`` end in a stop string."""
+    def _has_stop(self, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:
+        """Return ``[r]``: the first ``count`` of ``rows [r]`` in ``ids [R, T]`` end in a stop."""
         if not self._stop:
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+            return torch.zeros_like(rows, dtype=torch.bool)
         # A token is at least one byte of text; a few more cover tokens that decode to nothing.
         window = max(len(text.encode()) for text in self._stop) + 8
-        pairs = zip(ids.tolist(), count.tolist(), strict=True)
+        pairs = zip(ids[rows].tolist(), count.tolist(), strict=True)
         tails = self.policy.decode([row[max(n - window, 0) : n] for row, n in pairs], special=True)
         found = [any(text in tail for text in self._stop) for tail in tails]
         return torch.tensor(found, device=ids.device)

@@ -6,13 +6,14 @@ that has the same state.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mmgrpo.core.diffusion import STD_FLOOR, StepRule, Suffix
+from mmgrpo.core.diffusion import STD_FLOOR, StepRule, Suffix, transition
 
 ODE = StepRule("ode", eta=0.0, sigma_max=1.0)
 
@@ -104,9 +105,27 @@ def _solve(step: _Step, start: int, course: Course, velocity: Velocity) -> Tenso
     sigmas = course.suffix.sigmas(course.sigmas, start)
     rows, back = torch.unique(course.owner[:, start], return_inverse=True)
     x, previous = step.x_next[rows], (step.x0[rows], course.sigmas[start - 1])
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         found = velocity(x, sigma, rows)
         x0 = x - sigma * found
         x = course.suffix.step(found, x, sigma, sigma_next, previous)
         previous = (x0, sigma)
     return x[back]
+
+
+def step_sizes(sigmas: Tensor, rule: StepRule) -> tuple[Tensor, Tensor]:
+    """Std and length -dt of each step, ``[T]``; the last one never draws noise: its std is 0."""
+    sigma, sigma_next = sigmas[:-1], sigmas[1:]
+    nothing = torch.zeros_like(sigma)
+    _, std = transition(
+        rule.kernel, nothing, nothing, sigma, sigma_next, eta=rule.eta, sigma_max=rule.sigma_max
+    )
+    return torch.cat([std[:-1], std.new_zeros(1)]), sigma - sigma_next
+
+
+def nodes(owner: Tensor, group_size: int, mask: Tensor) -> Tensor | None:
+    """``[B, T]`` ids of the decisions within their group; None where no decision is shared."""
+    steps = mask.shape[1]
+    node = owner[:, 1:] % group_size * steps + torch.arange(steps, device=owner.device)
+    row = torch.arange(len(owner), device=owner.device)[:, None]
+    return node if ((owner[:, 1:] != row) & mask).any() else None

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mmgrpo.core.credit import node_weight
 from mmgrpo.core.diffusion import (
     KERNELS,
     Selection,
@@ -16,13 +17,12 @@ from mmgrpo.core.diffusion import (
     Tree,
     linear_shift,
     select_steps,
-    transition,
 )
 from mmgrpo.core.seeding import generator, mix_seed
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import ConfigError, MmgrpoError, nearest
 from mmgrpo.protocols import Cost, Prompt, Rollout, Sample
-from mmgrpo.rollout.denoise import Course, Drawn, denoise
+from mmgrpo.rollout.denoise import Course, Drawn, denoise, nodes, step_sizes
 
 ALL_BUT_LAST: Mapping[str, Any] = {"kind": "all_but_last"}
 LINEAR = Tree()
@@ -67,7 +67,7 @@ class FlowEngine:
 
     Sample g of prompt p has its own noise streams, named by (seed, p.index, g): the initial latent
     and the noise of each step depend on nothing else, whatever the batch, the selection or the
-    device. In a tree the samples that share a state share its streams, named after the first.
+    device. Samples that share a state share its streams, named after the first.
 
     Attributes:
         sigmas: ``[S + 1]`` float32 noise levels.
@@ -197,27 +197,25 @@ class FlowEngine:
         owner = self._owners(group_size, len(prompts), selection).to(device)
         drawn = self._draw(encoded, prompt_row, names, selection, owner)
         mask = selection.trained.to(device) & drawn.random
+        sigmas = self.sigmas.to(device)
+        std, length = step_sizes(sigmas, self.rule)
         trajectories = Trajectories(
             group=torch.tensor([index for _, index, _ in names], device=device),
             mask=mask,
             old_log_prob=drawn.log_prob * mask,
             version=torch.full_like(prompt_row, version),
-            node=_nodes(owner, group_size, mask),
-            **self._step_sizes(mask),
+            node=nodes(owner, group_size, mask),
+            step_std=std.repeat(len(mask), 1),
+            step_length=length.repeat(len(mask), 1),
             payload=self.policy.payload(
-                encoded,
-                prompt_row,
-                drawn.latents,
-                self.sigmas.to(device),
-                self.rule,
-                owner=owner,
+                encoded, prompt_row, drawn.latents, sigmas, self.rule, owner=owner
             ),
         )
         images = self._images(drawn.latents[:, -1])
         owners = [prompt for prompt in prompts for _ in range(group_size)]
         samples = [Sample(owner, image=image) for owner, image in zip(owners, images, strict=True)]
         forwards = self.policy.forwards - before
-        cost = Cost(forwards=forwards, decisions=int(mask.sum()))
+        cost = Cost(forwards=forwards, decisions=round(float(node_weight(trajectories).sum())))
         return Rollout(trajectories, samples, cost)
 
     def _draw(
@@ -229,7 +227,9 @@ class FlowEngine:
         owner: Tensor,
     ) -> Drawn:
         device = prompt_row.device
-        starts = [names[row][:2] if self.shared_noise else names[row] for row in owner[:, 0].tolist()]
+        starts = [
+            names[row][:2] if self.shared_noise else names[row] for row in owner[:, 0].tolist()
+        ]
 
         def velocity(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
             return self._velocity(x, sigma, encoded, prompt_row[rows])
@@ -246,27 +246,11 @@ class FlowEngine:
     def _owners(self, group_size: int, prompts: int, selection: Selection) -> Tensor:
         """``[B, S + 1]``: the first row that has the same state."""
         try:
-            one = self.tree.owners(
-                group_size, selection.stochastic, shared_start=self.shared_noise
-            )
+            one = self.tree.owners(group_size, selection.stochastic, shared_start=self.shared_noise)
         except ValueError as error:
             raise ConfigError(f"The rollout's tree does not fit: {error}") from error
         first = torch.arange(prompts) * group_size
         return (first[:, None, None] + one).flatten(0, 1)
-
-    def _step_sizes(self, mask: Tensor) -> dict[str, Tensor]:
-        """Std and length of each step, ``[B, S]``; the last one never draws noise: its std is 0."""
-        sigma, sigma_next = self.sigmas[:-1].to(mask.device), self.sigmas[1:].to(mask.device)
-        nothing, rule = torch.zeros_like(sigma), self.rule
-        _, std = transition(
-            rule.kernel, nothing, nothing, sigma, sigma_next,
-            eta=rule.eta, sigma_max=rule.sigma_max,
-        )  # fmt: skip
-        std = torch.cat([std[:-1], std.new_zeros(1)])
-        return {
-            "step_std": std.repeat(len(mask), 1),
-            "step_length": (sigma - sigma_next).repeat(len(mask), 1),
-        }
 
     def _select(self, seed: int, sample_seeds: Sequence[int], iteration: int = 0) -> Selection:
         if self.rule.kernel == "ode" or self.rule.eta == 0:
@@ -303,14 +287,6 @@ class FlowEngine:
             return [None] * len(latents)
         parts = latents.split(self.max_rows or len(latents))
         return [image for part in parts for image in self.policy.family.decode(part)]
-
-
-def _nodes(owner: Tensor, group_size: int, mask: Tensor) -> Tensor | None:
-    """``[B, S]`` ids of the decisions within their group; None where no decision is shared."""
-    steps = mask.shape[1]
-    node = owner[:, 1:] % group_size * steps + torch.arange(steps, device=owner.device)
-    row = torch.arange(len(owner), device=owner.device)[:, None]
-    return node if ((owner[:, 1:] != row) & mask).any() else None
 
 
 def _check_finite(latents: Tensor) -> None:

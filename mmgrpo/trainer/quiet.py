@@ -11,9 +11,10 @@ from importlib.util import find_spec
 HARMLESS = (
     "requires torchvision (not installed); falling back",
     "of type <class 'NoneType'> cannot be saved",
+    "Register the correct mapping in `AutoImageProcessor`",
     "Token indices sequence length is longer",
 )
-"""Remarks on optional parts that are not needed, and on prompts that we refuse ourselves."""
+"""Remarks on parts that are not needed or not ours, and on prompts that we refuse ourselves."""
 DEPRECATED_BY_PEFT = ".is_gradient_checkpointing. is deprecated"
 """An attribute of transformers that peft still reads."""
 

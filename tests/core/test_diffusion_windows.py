@@ -138,7 +138,8 @@ def test_all_points_are_the_schedules_own_and_fewer_fall_to_zero(make):
     assert torch.equal(respace(schedule, torch.arange(1.0, 13.0).double()), schedule[1:])
     for fraction in (0.2, 0.5, 0.8):
         points = Suffix("dpmpp_2m", fraction).sigmas(schedule, 5)
-        assert points[0] == schedule[5] and points[-1] == 0
+        assert points[0] == schedule[5]
+        assert points[-1] == 0
         assert (points.diff() < 0).all()
 
 

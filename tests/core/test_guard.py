@@ -113,7 +113,7 @@ def test_every_step_is_divided_by_its_length():
 
 def test_steps_without_sizes_are_refused():
     t = Trajectories(group=torch.zeros(1), mask=torch.ones(1, 2))
-    with pytest.raises(ValueError, match="needs trajectories.step_std"):
+    with pytest.raises(ValueError, match=r"needs trajectories\.step_std"):
         credit.step_std(torch.ones(1), t)
 
 

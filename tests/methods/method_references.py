@@ -233,7 +233,7 @@ def cispo(b, lp, sg):
 
 
 def flow(b, lp, a, beta, width=1e-4):
-    """Clip (1e-4) per denoising step, samples without advantage dropped; the KL is the stand-in's."""
+    """A clip per denoising step, samples without advantage dropped; the KL is the stand-in's."""
     used = [(i, t) for i, t in b.all if a[i] != 0]
     loss = 0.0
     for i, t in used:

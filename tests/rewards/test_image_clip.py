@@ -1,15 +1,19 @@
 """Rewards with a CLIP of transformers, against the same model called by hand."""
 
+import importlib.util
+import itertools
+import shutil
+
 import pytest
 import torch
 from contract import Case, check_contract
-from mmgrpo.rewards.image_aesthetic import ImageAesthetic
-from mmgrpo.rewards.image_clip import ImageClip
-from mmgrpo.rewards.image_pickscore import ImagePickscore
 from safetensors.torch import save_file
 from tiny_clip import TOWN, build, model_features, picture
 
 from mmgrpo.errors import ConfigError, MissingExtraError
+from mmgrpo.rewards.image_aesthetic import ImageAesthetic
+from mmgrpo.rewards.image_clip import ImageClip
+from mmgrpo.rewards.image_pickscore import ImagePickscore
 
 PICTURES = [picture(colour, seed=100) for colour in ("red", "blue", "green", "red", "gray")]
 PROMPTS = [f"a picture of {colour}" for colour in ("red", "red", "green", "blue", "red")]
@@ -67,7 +71,7 @@ def test_a_prompt_longer_than_the_context_is_cut(clip):
 def head(tmp_path, dims, prefix=True, suffix=".safetensors"):
     generator = torch.Generator().manual_seed(3)
     tensors = {}
-    for number, (inner, outer) in enumerate(zip(dims, dims[1:], strict=False)):
+    for number, (inner, outer) in enumerate(itertools.pairwise(dims)):
         name = f"layers.{2 * number}." if prefix else ""
         tensors[f"{name}weight"] = torch.randn(outer, inner, generator=generator)
         tensors[f"{name}bias"] = torch.randn(outer, generator=generator)
@@ -96,7 +100,7 @@ def test_the_first_aesthetic_head_is_one_layer(clip, features, tmp_path):
 
 def test_layers_come_in_the_order_of_their_numbers(clip, tmp_path):
     dims = (12, 9, 8, 7, 6, 5, 1)
-    path, tensors = head(tmp_path, dims)
+    path, _ = head(tmp_path, dims)
     assert [weight.shape[1] for weight, _ in ImageAesthetic(path, clip[0]).head] == list(dims[:-1])
 
 
@@ -126,8 +130,6 @@ def test_other_weights_are_no_head(clip, tmp_path):
 )
 @pytest.mark.parametrize("reward", [ImageClip, ImagePickscore])
 def test_a_missing_file_is_one_sentence_at_the_start(clip, tmp_path, missing, message, reward):
-    import shutil
-
     folder = shutil.copytree(clip[0], tmp_path / "copy")
     (folder / missing).unlink()
     (folder / "vocab.json").unlink(missing_ok=True)
@@ -138,7 +140,7 @@ def test_a_missing_file_is_one_sentence_at_the_start(clip, tmp_path, missing, me
 def test_missing_paths(clip, tmp_path):
     with pytest.raises(ConfigError, match=r"no\.safetensors' does not exist; expected .* head"):
         ImageAesthetic("no.safetensors", clip[0])
-    with pytest.raises(ConfigError, match="expected a file with the weights of .* ViT-B-32"):
+    with pytest.raises(ConfigError, match=r"expected a file with the weights of .* ViT-B-32"):
         ImageClip("no.safetensors", "ViT-B-32")
     path, _ = head(tmp_path, (12, 1))
     with pytest.raises(ConfigError, match="is a file: give its 'architecture'"):
@@ -146,8 +148,6 @@ def test_missing_paths(clip, tmp_path):
 
 
 def test_an_absent_open_clip_names_the_extra(monkeypatch, tmp_path):
-    import importlib.util
-
     path, _ = head(tmp_path, (12, 1))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"open_clip_torch.*mmgrpo\[clip\]"):

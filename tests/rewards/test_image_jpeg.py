@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from contract import Case, check_contract
-from mmgrpo.rewards.image_jpeg import ImageJpeg
 from PIL import Image
 
 from mmgrpo.errors import ConfigError
+from mmgrpo.rewards.image_jpeg import ImageJpeg
 
 
 def noise(strength, seed=0):

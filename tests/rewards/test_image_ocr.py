@@ -8,10 +8,10 @@ import pytest
 from contract import Case, check_contract
 from hypothesis import given
 from hypothesis import strategies as st
-from mmgrpo.rewards.image_ocr import ImageOcr, contained_similarity, quoted, whole_similarity
 from PIL import Image, ImageDraw, ImageFont
 
 from mmgrpo.errors import ConfigError, UsageError
+from mmgrpo.rewards.image_ocr import ImageOcr, contained_similarity, quoted, whole_similarity
 
 needs_tesseract = pytest.mark.skipif(
     shutil.which("tesseract") is None, reason="tesseract is not installed"

@@ -8,14 +8,14 @@ import sys
 import pytest
 import torch
 from contract import Case, check_contract
-from mmgrpo.rewards.image_clip import ImageClip
-from mmgrpo.rewards.image_hps import ImageHps
-from mmgrpo.rewards.torchvision_shim import ensure_torchvision
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_clip import model_features, picture, train
 
 from mmgrpo.errors import ConfigError
+from mmgrpo.rewards.image_clip import ImageClip
+from mmgrpo.rewards.image_hps import ImageHps
+from mmgrpo.rewards.torchvision_shim import ensure_torchvision
 
 needs_open_clip = pytest.mark.skipif(
     importlib.util.find_spec("open_clip") is None, reason="open_clip_torch is not installed"

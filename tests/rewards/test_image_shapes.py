@@ -6,11 +6,11 @@ import random
 import numpy as np
 import pytest
 from contract import Case, check_contract
-from mmgrpo.rewards.image_shapes import ImageShapes
-from mmgrpo.rewards.shape_finding import COLOURS, SHAPES, find_shapes
 from PIL import Image, ImageDraw, ImageFilter
 
 from mmgrpo.errors import ConfigError
+from mmgrpo.rewards.image_shapes import ImageShapes
+from mmgrpo.rewards.shape_finding import COLOURS, SHAPES, find_shapes
 
 SIZE = 128
 

@@ -52,7 +52,12 @@ def build(folder):
 
     torch.manual_seed(0)
     letters = sorted({letter for word in WORDS for letter in word})
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     tokenizer = CLIPTokenizer(vocab={token: row for row, token in enumerate(tokens)}, merges=[])
     common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
               "num_attention_heads": 2}  # fmt: skip

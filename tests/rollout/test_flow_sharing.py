@@ -1,65 +1,34 @@
-"""Windows, suffixes and trees in the flow engine: what is shared is computed once, limits agree."""
+"""Windows, suffixes and guarded ratios in the flow engine, against limits and plain loops."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
 from fixtures_flow import SIZE, sd3_pipeline
+from flow_drawing import (
+    CLOSE,
+    PROMPTS,
+    STEPS,
+    assert_same,
+    count_states,
+    draw,
+    draw_method,
+    moved_evaluation,
+)
 
-from mmgrpo.core.diffusion import Suffix, Tree, dpmpp_2m, linear_shift, transition
+from mmgrpo.core.diffusion import Suffix, dpmpp_2m, linear_shift, transition
 from mmgrpo.core.seeding import generator
-from mmgrpo.core.trajectories import Trajectories
-from mmgrpo.errors import ConfigError
 from mmgrpo.methods import load_method
 from mmgrpo.policies.flow import FlowPolicy
-from mmgrpo.protocols import Prompt, Request
-from mmgrpo.rollout.flow import FlowEngine
 
 pytest.importorskip("diffusers")
-CLOSE = {"rtol": 0, "atol": 1e-5}  # float32 network calls of different batch sizes
-PROMPTS = [Prompt(4, "draw 42"), Prompt(9, "red circle")]
-STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def policy():
     return FlowPolicy(sd3_pipeline(), max_prompt_tokens=3)
-
-
-def draw(policy, *, prompts=PROMPTS, group_size=4, seed=1, iteration=0, **options):
-    engine = FlowEngine(
-        policy, **{"num_steps": STEPS, "height": SIZE, "width": SIZE, "decode": False, **options}
-    )
-    return engine.generate(prompts, group_size=group_size, seed=seed, iteration=iteration)
-
-
-def draw_method(policy, name, *, overrides=None, **options):
-    """Draw with the rollout that a preset fixes."""
-    fixed = load_method(name, **{"rollout": overrides or {}}).rollout
-    return draw(
-        policy, kernel=fixed.kernel, eta=fixed.eta, selection=fixed.selection,
-        shared_noise=fixed.shared_noise, tree=fixed.tree, suffix=fixed.suffix, **options,
-    )  # fmt: skip
-
-
-def assert_same(one, other):
-    """Bit for bit the same states, decisions and log-probabilities."""
-    assert torch.equal(one.payload.latents, other.payload.latents)
-    assert torch.equal(one.mask, other.mask)
-    assert torch.equal(one.old_log_prob, other.old_log_prob)
-
-
-def count_states(policy, monkeypatch):
-    """The number of states in every network call from now on."""
-    seen: list[int] = []
-    plain = type(policy).velocity
-
-    def counted(latents, *rest):
-        seen.append(len(latents))
-        return plain(policy, latents, *rest)
-
-    monkeypatch.setattr(policy, "velocity", counted)
-    return seen
 
 
 # -- windows --------------------------------------------------------------------------------------
@@ -150,7 +119,7 @@ def test_flash_is_dpm_solver_after_the_window(policy):
     for row, name in enumerate([(1, p.index, g) for p in PROMPTS for g in range(2)]):
         x, before = torch.randn(4, SIZE // 2, SIZE // 2, generator=generator(*name))[None], None
         sigmas = torch.cat([schedule[:3], points])
-        for index, (sigma, after) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        for index, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
             with torch.no_grad():
                 v = policy.velocity(x, sigma[None], encoded, torch.tensor([row // 2]))
             x0 = x - sigma * v
@@ -177,7 +146,9 @@ def test_flash_makes_the_published_number_of_calls(policy, start, calls):
         policy, "mix-grpo-flash", num_steps=25, iteration=start * 20, group_size=2,
         prompts=PROMPTS[:1],
     )  # fmt: skip
-    assert rollout.trajectories.mask[0].nonzero().flatten().tolist() == list(range(start, start + 4))
+    assert rollout.trajectories.mask[0].nonzero().flatten().tolist() == list(
+        range(start, start + 4)
+    )
     assert rollout.cost.forwards == calls
 
 
@@ -200,18 +171,6 @@ def test_euler_on_all_points_is_the_ode(policy):
 
 
 # -- guard and mask -------------------------------------------------------------------------------
-
-
-def moved_evaluation(policy, trajectories, method):
-    """The method's view of decisions after the network has changed, and the change undone."""
-    with torch.no_grad():
-        old = policy.evaluate(trajectories, Request(prediction=True)).prediction
-        trajectories = trajectories.replace(old_prediction=old)
-        policy.network.proj_out.bias.add_(0.02)
-        found = policy.evaluate(trajectories, method.request)
-        now = policy.evaluate(trajectories, Request(prediction=True)).prediction
-        policy.network.proj_out.bias.sub_(0.02)
-    return trajectories, found, now
 
 
 def test_the_guarded_ratio_is_the_noise_times_the_shift_of_the_mean(policy):
@@ -258,96 +217,3 @@ def test_the_methods_train_on_what_the_policy_answers(policy, name):
     policy.network.zero_grad()
     after = method.loss(found.log_prob, trajectories, evaluation=found)
     assert 0 < after.metrics["clip_fraction"] < 1
-
-
-# -- trees ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "tree",
-    [
-        Tree(splits=(0, 2), width=1),
-        Tree(splits="stochastic", width=1),
-        Tree(splits=(2,), width=None, roots=4),
-    ],
-    ids=["one child", "one child everywhere", "anchor and one branch"],
-)
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_tree_with_one_child_is_a_linear_rollout(policy, tree, shared):
-    wanted = draw(policy, shared_noise=shared).trajectories
-    found = draw(policy, tree=tree, shared_noise=shared).trajectories
-    assert_same(found, wanted)
-    assert found.node is None
-
-
-def test_a_tree_computes_shared_states_once(policy, monkeypatch):
-    """20 steps, splits at 0, 3, 6, 9: 203 forwards and 16 leaves, as published."""
-    seen = count_states(policy, monkeypatch)
-    rollout = draw(
-        policy, num_steps=20, kernel="dance_sde", eta=0.3, group_size=16, prompts=PROMPTS[:1],
-        tree=Tree(splits=(0, 3, 6, 9)),
-    )  # fmt: skip
-    assert seen == [1] + [2] * 3 + [4] * 3 + [8] * 3 + [16] * 10
-    assert sum(seen) == 203
-    found = rollout.trajectories
-    assert len(found.node[found.mask].unique()) == 218 - 16  # the last edges draw no noise here
-    seen.clear()
-    log_prob = policy.evaluate(found).log_prob
-    assert seen == [203 - 16]
-    torch.testing.assert_close(log_prob, found.old_log_prob, rtol=0, atol=2e-6)
-    x = found.payload.latents
-    for split, leaves in [(0, 8), (3, 4), (6, 2), (9, 1)]:
-        for leaf in range(16):
-            first = leaf // leaves * leaves
-            assert torch.equal(x[leaf, split + 1], x[first, split + 1])
-        assert not torch.equal(x[0, split + 1], x[leaves, split + 1])
-        assert torch.equal(x[0, split], x[leaves, split])
-
-
-def test_several_trees_make_a_group_and_batches_do_not_matter(policy):
-    tree = Tree(splits=(1, 3))
-    both = draw(policy, tree=tree, group_size=8).trajectories
-    alone = draw(policy, tree=tree, group_size=8, prompts=PROMPTS[1:]).trajectories
-    torch.testing.assert_close(both.payload.latents[8:], alone.payload.latents, **CLOSE)
-    assert torch.equal(both.node[8:], alone.node)
-    x = both.payload.latents[:8]
-    assert torch.equal(x[0, 0], x[3, 0]) and not torch.equal(x[0, 0], x[4, 0])
-    joined = Trajectories.cat([both, alone])
-    with torch.no_grad():
-        found = policy.evaluate(joined.select(torch.arange(23, -1, -1))).log_prob
-    torch.testing.assert_close(found, joined.old_log_prob.flip(0), rtol=0, atol=2e-6)
-
-
-def test_a_tree_costs_the_gradient_of_its_nodes_once(policy):
-    """The loss over the rows equals the loss over the distinct decisions."""
-    found = draw(policy, tree=Tree(splits=(0, 2)), prompts=PROMPTS[:1]).trajectories
-    method = load_method("loop", aggregate="token_mean")
-    rewards = {"score": torch.tensor([1.0, 0.0, 0.5, 0.25])}
-    prepared = method.prepare(found.replace(rewards=rewards))
-    policy.network.zero_grad()
-    method.loss(policy.evaluate(prepared).log_prob, prepared).loss.backward()
-    gradient = policy.network.proj_out.bias.grad.clone()
-    policy.network.zero_grad()
-    log_prob, wanted, seen = policy.evaluate(prepared).log_prob, 0.0, {}
-    for row, step in prepared.mask.nonzero().tolist():
-        seen.setdefault(int(prepared.node[row, step]), []).append((row, step))
-    for places in seen.values():
-        advantage = sum(prepared.advantage[place] for place in places) / len(places)
-        wanted = wanted - advantage * log_prob[places[0]] / len(seen)
-    wanted.backward()
-    torch.testing.assert_close(gradient, policy.network.proj_out.bias.grad, rtol=1e-4, atol=1e-8)
-    policy.network.zero_grad()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tree": Tree(splits=(0, 1, 2))}, "a group of 4 is no multiple of the tree's 8 leaves"),
-        ({"tree": Tree(splits=(5,))}, r"split steps \[5\] draw no noise"),
-        ({"tree": Tree(splits=(1,), width=None, roots=3)}, "no multiple of 3 roots"),
-        ({"tree": Tree(splits=(1, 2), width=None)}, "needs a width"),
-    ],
-)
-def test_a_tree_that_does_not_fit_is_named(policy, options, message):
-    with pytest.raises(ConfigError, match=message):
-        draw(policy, **options)

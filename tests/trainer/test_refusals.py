@@ -194,7 +194,7 @@ def test_more_than_a_million_steps_are_still_in_order(tmp_path):
         ({"data": {"train": "/nowhere.jsonl"}}, ["/nowhere.jsonl"]),
         ({"data": {"eval": "/nowhere.jsonl"}}, ["/nowhere.jsonl"]),
         ({"eval": {"judge": "exact_answr"}, "data": {"eval": "TRAIN"}}, ["exact_answr"]),
-        ({"model": {"max_prompt_tokens": 3}}, ["train.jsonl:1: the prompt has 4 tokens", "at most 3 fit"]),
+        ({"model": {"max_prompt_tokens": 3}}, ["jsonl:1: the prompt has 4 tokens", "at most 3"]),
         ({"rollout": {"max_new_tokens": 159}}, ["at most 1 fit"]),
         ({"rollout": {"max_new_tokens": 160}}, ["context of 160 tokens"]),
         ({"model": {"lora": None, "reference": "adapter_off"}, "method": "grpo"}, ["adapter"]),

@@ -5,8 +5,8 @@ from fixtures_runs import MODALITIES, command, document, finish, merged, write_c
 RUNS = """
 import sys
 from mmgrpo.cli.main import main
-for config in sys.argv[1:]:
-    print(">", main(["train", config]), flush=True)
+for arguments in sys.argv[1:]:
+    print(">", main(["train", *arguments.split()]), flush=True)
 """
 VARIANTS = {
     "full": {"method": "grpo"},
@@ -22,6 +22,8 @@ def test_nothing_but_progress(models, tmp_path):
             doc = document(models, modality, run_dir, **merged(changes, {"trainer": {"steps": 1}}))
             doc["data"]["eval"] = doc["data"]["train"].replace("train.jsonl", "eval.jsonl")
             configs.append(write_config(tmp_path / f"{modality}-{name}.yaml", doc))
+        small = "trainer.steps=1 rollout.prompts_per_step=2 rollout.group_size=2 eval.prompts=2"
+        configs.append(f"quickstart/{modality} run_dir={tmp_path}/quickstart-{modality} {small}")
     code, out, err = finish(command(*configs, launcher=("-c", RUNS)))
     assert code == 0
     assert err == ""

@@ -207,9 +207,10 @@ def test_dropped_samples_are_counted_and_not_trained(models, tmp_path):
 
 
 def test_a_greedy_baseline_that_fails_takes_its_group_out(models, tmp_path):
+    rewards = [f"{REWARDS}:broken_for_many", f"{REWARDS}:spread"]
     doc = text(
-        models, tmp_path / "run", method="remax", rewards=[f"{REWARDS}:broken_for_many"],
-        reward_failure="drop", rollout={"prompts_per_step": 12},
+        models, tmp_path / "run", method="remax", rewards=rewards, reward_failure="drop",
+        rollout={"prompts_per_step": 12},
     )  # fmt: skip
     config = load_config(doc)
     parts = build.assemble(config)

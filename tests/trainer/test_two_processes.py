@@ -131,11 +131,10 @@ def test_accelerate_launch_with_settings_of_its_own(models, tmp_path):
     """Its accumulation and precision must not scale or round our gradients."""
     doc = document(models, "text", tmp_path / "run", trainer={"steps": 1})
     config = write_config(tmp_path / "run.yaml", doc)
-    launcher = (
-        "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes=2",
-        "--gradient_accumulation_steps=4", "--mixed_precision=bf16",
-    )  # fmt: skip
-    process = command("-m", "mmgrpo", "train", config, launcher=launcher)
+    launcher = ("-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes=2")
+    options = ("--mixed_precision=bf16", "-m", "mmgrpo", "train", config)
+    accumulation = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    process = command(*options, launcher=launcher, environment=accumulation)
     train(load_config(merged(doc, {"run_dir": str(tmp_path / "plain")})))
     code, out, err = finish(process)
     assert code == 0, out + err

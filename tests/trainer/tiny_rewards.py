@@ -35,11 +35,11 @@ def noisy(completions, **_):
 
 
 def fails_in_the_third_step(completions, **_):
-    """Raises while the metrics file that FAIL_WITH names has two lines."""
-    file = Path(os.environ.get("FAIL_WITH", ""))
+    """Raises while the metrics file that FAIL_WITH names has two lines; draws numbers before."""
+    values, file = noisy(completions), Path(os.environ.get("FAIL_WITH", ""))
     if file.is_file() and len(file.read_text().splitlines()) == 2:
         raise OSError("the judge's server is down")
-    return spread(completions)
+    return values
 
 
 def broken_for_some(completions, **_):

@@ -65,9 +65,7 @@ class Tree:
             raise ValueError(f"split steps {silent} draw no noise; the steps that do: {drawn}.")
         return splits
 
-    def owners(
-        self, group_size: int, stochastic: Tensor, *, shared_start: bool = False
-    ) -> Tensor:
+    def owners(self, group_size: int, stochastic: Tensor, *, shared_start: bool = False) -> Tensor:
         """Return ``[G, T + 1]`` int64: the first sample of the group with the same state.
 
         Samples that share a state share it until one of them draws noise of its own.
