@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 IGNORED_LABEL = -100
 
@@ -116,6 +117,22 @@ def supervise(
             progress(f"supervised step {step + 1}/{steps}, loss {loss.item():.4f}")
     model.eval()
     return float(loss.detach())
+
+
+def plain_sampling(tokenizer: Any) -> GenerationConfig:
+    """Makes the generation settings of a base model: sample from the model's own distribution.
+
+    Everything is spelled out, because ``generate`` falls back to ``top_k=50`` where a folder is
+    silent, and samples drawn so do not follow the log-probabilities that training uses.
+    """
+    return GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def save_model_folder(folder: Path, model: Any, processor: Any) -> None:

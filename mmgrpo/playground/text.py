@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from mmgrpo.playground.sft import (
     Progress,
     pad_demonstrations,
+    plain_sampling,
     save_model_folder,
     supervise,
     write_jsonl,
@@ -144,11 +145,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausal
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    model.generation_config = plain_sampling(tokenizer)
     return model
 
 
@@ -171,7 +168,8 @@ def train_model(
     rng = random.Random(f"text-sft-{seed}")
 
     def next_batch() -> dict[str, torch.Tensor]:
-        prompts, completions = [], []
+        prompts: list[str] = []
+        completions: list[str] = []
         while len(prompts) < SFT_BATCH:
             problem = draw_sum(rng)
             if problem in held_out:

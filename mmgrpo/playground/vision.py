@@ -17,20 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import (
-    GenerationConfig,
-    PaddleOCRVLProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-)
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import PaddleOCRVLProcessor, Qwen2VLForConditionalGeneration
 
 from mmgrpo.playground.scenes import (
-    PATCH,
     QUESTIONS,
-    SMALL_CANVAS,
-    WIDE_CANVAS,
     Scene,
     draw_scene,
     draw_scenes,
@@ -44,7 +34,7 @@ from mmgrpo.playground.sft import (
     save_model_folder,
     supervise,
 )
-from mmgrpo.playground.tokenizer import build_tokenizer
+from mmgrpo.playground.vision_model import build_model, build_processor
 
 NUM_TRAIN = 1024
 NUM_EVAL = 256
@@ -54,87 +44,6 @@ SFT_BATCH = 32
 RECITE_STEPS = 400
 RECITE_BATCH = 64
 SFT_LEARNING_RATE = 3e-3
-
-
-def build_processor() -> PaddleOCRVLProcessor:
-    """Makes the processor: Qwen2-VL's image processor and the byte-level tokenizer.
-
-    Qwen2-VL's own processor class insists on a video processor, which needs torchvision.
-    PaddleOCR-VL's class does the same to images and text (the same patches, grids, placeholder
-    counts and token types) without video, so the folder loads with torch and Pillow alone.
-    """
-    tokenizer = build_tokenizer(images=True)
-    image_processor = Qwen2VLImageProcessorPil(
-        patch_size=PATCH,
-        merge_size=2,
-        temporal_patch_size=2,
-        size={
-            "shortest_edge": SMALL_CANVAS[0] * SMALL_CANVAS[1],
-            "longest_edge": 2 * WIDE_CANVAS[0] * WIDE_CANVAS[1],
-        },
-        image_mean=[0.13] * 3,
-        image_std=[0.3] * 3,
-    )
-    return PaddleOCRVLProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
-    )
-
-
-def _text_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
-    """The language half: two layers; a short rotary base resolves neighbouring image columns."""
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [4, 6, 6]},
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def _vision_config() -> dict[str, object]:
-    """The vision tower: three layers over 4x4 patches, four patches merged into one token."""
-    return {
-        "depth": 3,
-        "embed_dim": 64,
-        "num_heads": 4,
-        "mlp_ratio": 4,
-        "hidden_size": 128,
-        "patch_size": PATCH,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "rope_parameters": {"rope_type": "axial", "rope_theta": 10.0},
-    }
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2VLForConditionalGeneration:
-    """Makes an untrained Qwen2-VL of about 0.6 million parameters."""
-    token_id = tokenizer.convert_tokens_to_ids
-    config = Qwen2VLConfig(
-        text_config=_text_config(tokenizer),
-        vision_config=_vision_config(),
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-        tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return model
 
 
 def encode_demonstrations(

@@ -139,7 +139,7 @@ def test_folder_loads_and_generates_for_chat_and_string_prompts(folder, rows):
     assert out.shape[0] == 2
     settings = model.generation_config
     assert settings.eos_token_id == tokenizer.eos_token_id
-    assert settings.top_k is None or settings.top_k == 0
+    assert (settings.temperature, settings.top_k, settings.top_p) == (1.0, 0, 1.0)
     assert sum(file.stat().st_size for file in (folder / "model").iterdir()) < 3_000_000
 
 

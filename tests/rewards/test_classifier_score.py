@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from mmgrpo.rewards.classifier_score import ClassifierScore
 from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from mmgrpo.errors import ConfigError
+from mmgrpo.rewards.classifier_score import ClassifierScore
 
 CELL = 8
 MEAN, STD = 0.5, 0.25

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mmgrpo.rewards
 import pytest
-from mmgrpo.rewards import REWARDS
 
+import mmgrpo.rewards
 from mmgrpo.registry import load_target
+from mmgrpo.rewards import REWARDS
 
 HELPERS = {"clip_models", "judge_endpoint", "shape_finding", "text", "torchvision_shim"}
 

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mmgrpo.rewards.exact_answer import exact_answer
 from mmgrpo.rewards.length_penalty import LengthPenalty
 from mmgrpo.rewards.math_answer import math_answer

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from mmgrpo.rewards import REWARDS
 
 from mmgrpo.errors import ConfigError
+from mmgrpo.rewards import REWARDS
 from mmgrpo.scoring import check_modality, load_reward, load_rewards
 
 HERE = Path(__file__).parent
