@@ -153,6 +153,7 @@ def build_vision(
     *,
     seed: int = 0,
     steps: int = SFT_STEPS,
+    recite_steps: int = RECITE_STEPS,
     progress: Progress | None = None,
 ) -> None:
     """Builds the vision playground: ``model/``, ``train.jsonl``, ``eval.jsonl`` and ``images/``.
@@ -160,11 +161,12 @@ def build_vision(
     Args:
         out_dir: Created if missing.
         seed: Decides data and weights.
-        steps: Supervised steps of the base model.
+        steps: Supervised steps of the base model, with images.
+        recite_steps: Supervised steps without images, before those.
         progress: Receives lines of text.
     """
     folder = Path(out_dir)
     write_scenes(folder, "train", draw_scenes(seed, "train", NUM_TRAIN), "train")
     write_scenes(folder, "eval", draw_scenes(seed, "eval", NUM_EVAL), "eval")
-    model, processor = train_model(seed, steps=steps, progress=progress)
+    model, processor = train_model(seed, steps=steps, recite_steps=recite_steps, progress=progress)
     save_model_folder(folder / "model", model, processor)

@@ -11,7 +11,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmgrpo.playground import vision
 from mmgrpo.playground.digits import load_digits
-from mmgrpo.playground.scenes import DIGIT_SIZE, draw_scene, enlarge, render
+from mmgrpo.playground.scenes import (
+    DIGIT_SIZE,
+    SMALL_CANVAS,
+    WIDE_CANVAS,
+    draw_scene,
+    enlarge,
+    render,
+)
 
 CHECKS = {"sum": sum, "largest": max}
 
@@ -22,7 +29,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vision, "NUM_TRAIN", 60)
         patch.setattr(vision, "NUM_EVAL", 40)
-        vision.build_vision(path, steps=2)
+        vision.build_vision(path, steps=2, recite_steps=2)
     return path
 
 
@@ -106,7 +113,8 @@ def test_placeholders_match_the_image_grids(folder, rows):
     flat = [image for group in images for image in group]
     inputs = processor(text=texts, images=flat, return_tensors="pt", padding=True)
     per_image = (inputs["image_grid_thw"].prod(1) // 4).tolist()
-    assert set(per_image) <= {9, 32}
+    expected = {height * width // 64 for height, width in (SMALL_CANVAS, WIDE_CANVAS)}
+    assert set(per_image) == expected == {9, 21}
     is_image = inputs["input_ids"] == processor.image_token_id
     assert torch.equal(is_image, inputs["mm_token_type_ids"] == 1)
     for row, count in zip(chosen, is_image.sum(1).tolist(), strict=True):
@@ -128,6 +136,14 @@ def test_folder_loads_and_generates(folder, rows):
     assert sum(file.stat().st_size for file in (folder / "model").iterdir()) < 3_000_000
 
 
+def test_recitations_supervise_the_answer_and_not_the_reading():
+    processor = vision.build_processor()
+    batch = vision.encode_recitations(processor, np.random.default_rng(0), 8)
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        assert "<think>" in processor.tokenizer.decode(ids[labels == -100])
+        assert processor.tokenizer.decode(ids[labels != -100]).startswith("</think><answer>")
+
+
 def test_supervision_covers_exactly_the_completions():
     processor = vision.build_processor()
     batch = vision.encode_demonstrations(processor, np.random.default_rng(0), 8)
@@ -138,5 +154,7 @@ def test_supervision_covers_exactly_the_completions():
 
 
 def test_supervised_training_is_reproducible():
-    first, again = (vision.train_model(0, steps=5)[0].state_dict() for _ in range(2))
+    first, again = (
+        vision.train_model(0, steps=3, recite_steps=2)[0].state_dict() for _ in range(2)
+    )
     assert all(torch.equal(first[name], again[name]) for name in first)
