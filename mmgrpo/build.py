@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mmgrpo.config import Config, dump_config
 from mmgrpo.config.schema import ImageConfig, Reward, TextConfig
 from mmgrpo.core.collective import LOCAL
@@ -40,6 +38,9 @@ from mmgrpo.trainer.optim import Optimizer
 from mmgrpo.trainer.parts import Evaluator, Parts
 from mmgrpo.trainer.quiet import silence
 from mmgrpo.trainer.run_folder import check_run_folder, open_run_folder
+
+EVAL_SEED = 0
+"""Names the noise of evaluations: the same in every run, so that runs can be compared."""
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def sample(config: Config, checkpoint: str | Path, out: str | Path) -> Path:
     scorer = make_scorer(rewards, config, prompts)
     policy = load_policy(config, method, checkpoint)
     engine = ENGINES[config.modality](policy, config, method, "eval")
-    rollout = engine.generate(prompts, group_size=config.eval.samples, seed=config.eval.seed)
+    rollout = engine.generate(prompts, group_size=config.eval.samples, seed=EVAL_SEED)
     scores = scorer.score(rollout.samples, step=0)
     return write_samples(
         Path(out), 0, rollout.samples, rewards=scores.values, max_samples=len(rollout.samples)
@@ -118,8 +119,6 @@ def assemble(
     Raises:
         UsageError: something does not fit.
     """
-    if config.trainer.threads is not None:
-        torch.set_num_threads(config.trainer.threads)
     # A rank may meet no image in a step, and then has no gradient for the vision tower.
     accelerator = make_accelerator(idle=getattr(config.model, "train_vision", False))
     collective = make_collective(accelerator)
@@ -128,7 +127,6 @@ def assemble(
     check_run_folder(config)
     check_trackers(config)
     prompts = load_prompts(config, config.data.train) if prompts is None else prompts
-    prompts = prompts[: config.data.limit]
     check_prompts(prompts, config)
     rewards = make_rewards(config) if rewards is None else rewards
     scorer = make_scorer(rewards, config, prompts)
@@ -251,10 +249,10 @@ def make_evaluator(
     return Evaluator(
         engine=engine,
         scorer=scorer,
-        prompts=PromptSource(prompts, seed=config.eval.seed, shuffle=False),
+        prompts=PromptSource(prompts, seed=EVAL_SEED, shuffle=False),
         samples=config.eval.samples,
         limit=config.eval.prompts,
-        seed=config.eval.seed,
+        seed=EVAL_SEED,
         judge=list(scorer.weights)[-1 if judge is not None else 0],
         batch=config.rollout.prompts_per_step * config.rollout.group_size,
     )

@@ -62,7 +62,7 @@ def from_samples(config: Config) -> dict[str, float]:
     assert evaluator is not None  # every playground task has held-out prompts
     engine = build.ENGINES[config.modality](trained, config, method, "train")
     prompts = list(evaluator.prompts.all(evaluator.limit))
-    rollout = engine.generate(prompts, group_size=SAMPLES, seed=config.eval.seed + 1)
+    rollout = engine.generate(prompts, group_size=SAMPLES, seed=build.EVAL_SEED + 1)
     judged = evaluator.scorer.score(rollout.samples, step=0).values[evaluator.judge]
     initial = build.make_policy(config, method)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Any
 FREE_KEYS = (
     "run_dir", "resume", "tracking", "reward_failure", "reward_timeout_s",
     "model.gradient_checkpointing", "trainer.steps", "trainer.save_every",
-    "trainer.keep_checkpoints", "trainer.micro_batch_size", "trainer.threads",
+    "trainer.keep_checkpoints", "trainer.micro_batch_size",
 )  # fmt: skip
 """Keys that may change between a run and the run that resumes it.
 

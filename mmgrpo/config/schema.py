@@ -151,8 +151,6 @@ class Data(Section):
     eval: LocatedPath | None = None
     prompt_column: str = "prompt"
     """Plain text, or chat messages."""
-    limit: PositiveInt | None = None
-    """Use only the first rows of the training data."""
 
 
 class TextData(Data):
@@ -222,8 +220,6 @@ class Trainer(Section):
     save_every: PositiveInt | None = None
     """Steps between checkpoints; null: only one at the end."""
     keep_checkpoints: PositiveInt = 2
-    threads: PositiveInt | None = None
-    """CPU threads; null: torch decides."""
 
 
 class Eval(Section):
@@ -237,7 +233,6 @@ class Eval(Section):
     """Samples per prompt."""
     judge: Reward | None = None
     """Its mean is eval/success; null: the first reward."""
-    seed: NonNegativeInt = 0
 
 
 class TextEval(Eval):
@@ -266,8 +261,6 @@ class Tracking(Section):
     """Where metrics go beside metrics.jsonl."""
 
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
-    samples_every: PositiveInt | None = None
-    """Steps between transcripts or image grids; null: at evaluations."""
 
 
 class Config(Section):

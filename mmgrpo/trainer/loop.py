@@ -125,7 +125,7 @@ def _evaluate(parts: Parts, state: State) -> dict[str, float]:
 
 
 def _write_samples(parts: Parts, state: State, config: Config, collected: Collected) -> None:
-    every = config.tracking.samples_every or config.eval.every
+    every = config.eval.every
     if parts.write_samples is not None and (state.step == 1 or _due(state.step, every, config)):
         rewards, advantage = collected.trajectories.rewards, collected.trajectories.advantage
         parts.write_samples(state.step, collected.samples, rewards, advantage)

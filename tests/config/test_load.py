@@ -72,10 +72,10 @@ def test_a_mapping_is_read_like_a_file_and_left_alone(run):
 
 
 def test_overrides_are_yaml_and_the_last_wins(run):
-    config = load_config(run, ["seed=1", "seed=2", "rollout.stop=['a=b', c]", "data.limit=null"])
+    config = load_config(run, ["seed=1", "seed=2", "rollout.stop=['a=b', c]", "data.eval=null"])
     assert config.seed == 2
     assert config.rollout.stop == ["a=b", "c"]
-    assert config.data.limit is None
+    assert config.data.eval is None
 
 
 def test_overrides_reach_into_lists_and_make_sections(run):
@@ -257,7 +257,7 @@ def test_a_configuration_stays_small(schema):
     keys = set(known_keys(schema))
     leaves = {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
     inner = ("model.lora.", "eval.judge.", "rewards.")
-    assert len({key for key in leaves if not key.startswith(inner)}) + len(inner) <= 52
+    assert len({key for key in leaves if not key.startswith(inner)}) + len(inner) <= 48
 
 
 @pytest.mark.parametrize("schema", MODALITIES.values(), ids=MODALITIES)
