@@ -1,10 +1,12 @@
 """From names to callables: every way to name a reward, and every way to get it wrong."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 
 from mmgrpo.errors import ConfigError
+from mmgrpo.registry import load_target
 from mmgrpo.rewards import REWARDS
 from mmgrpo.scoring import check_modality, load_reward, load_rewards
 
@@ -35,9 +37,16 @@ def test_a_name_of_the_package():
     assert reward.fn(completions=["<answer>1</answer>"], answer=["1"]) == [1.0]
 
 
-@pytest.mark.parametrize("name", sorted(set(REWARDS) - {"classifier_score", "length_penalty"}))
-def test_every_reward_of_the_package_loads(name):
-    assert load_reward(name).name == name
+@pytest.mark.parametrize("name", sorted(REWARDS))
+def test_every_reward_of_the_package_loads_or_names_the_option_it_cannot_do_without(name):
+    target = load_target(REWARDS[name])
+    parameters = inspect.signature(target).parameters.values() if inspect.isclass(target) else ()
+    required = [p.name for p in parameters if p.default is p.empty]
+    if required:
+        with pytest.raises(ConfigError, match=required[0]):
+            load_reward(name)
+    else:
+        assert load_reward(name).name == name
 
 
 def test_a_file_and_a_function():
