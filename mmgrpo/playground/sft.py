@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from mmgrpo.errors import UsageError
+
 IGNORED_LABEL = -100
 
 Progress = Callable[[str], None]
@@ -65,7 +67,15 @@ def make_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.
     Args:
         model: The model to train; embeddings are recognised by their module type.
         learning_rate: Peak rate of both optimisers, on the scale of AdamW.
+
+    Raises:
+        UsageError: this torch has no Muon.
     """
+    if not hasattr(torch.optim, "Muon"):
+        raise UsageError(
+            f"`mmgrpo build` needs torch 2.9 or newer for its optimiser; this is {torch.__version__}."
+            " (The built playground ships with the package and needs no build.)"
+        )
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim == 2 and id(p) not in embeddings]
