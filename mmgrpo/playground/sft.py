@@ -73,8 +73,8 @@ def make_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.
     """
     if not hasattr(torch.optim, "Muon"):
         raise UsageError(
-            f"`mmgrpo build` needs torch 2.9 or newer for its optimiser; this is {torch.__version__}."
-            " (The built playground ships with the package and needs no build.)"
+            "`mmgrpo build` needs torch 2.9 or newer for its optimiser; this is "
+            f"{torch.__version__}. (The built playground ships with the package.)"
         )
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     parameters = [p for p in model.parameters() if p.requires_grad]
