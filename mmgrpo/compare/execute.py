@@ -62,7 +62,7 @@ def _run(contest: Contest, entry: Entry, seed: int, threads: int) -> None:
 
 
 def _call(command: list[str], environment: dict[str, str], run_dir: Path) -> None:
-    """Run a command with its output in ``run_dir/log.txt``'s sibling; raise its last line."""
+    """Run a command with its output in ``<run_dir>.log``; raise its last line if it fails."""
     log = run_dir.with_name(f"{run_dir.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as output:
