@@ -9,7 +9,7 @@ from typing import Any
 
 from mmgrpo import build
 from mmgrpo.config import Config, load_config
-from mmgrpo.config.schema import MODALITIES
+from mmgrpo.config.modalities import MODALITIES
 from mmgrpo.data import rows_to_prompts
 from mmgrpo.errors import ConfigError, ModelError, nearest
 from mmgrpo.protocols import Policy, Prompt
@@ -90,7 +90,7 @@ class Trainer:
             data,
             modality=self.config.modality,
             prompt_column=self.config.data.prompt_column,
-            **build.PROMPT_OPTIONS[self.config.modality](self.config),
+            **build.modality_of(self.config).prompt_options(self.config),
         )
 
 

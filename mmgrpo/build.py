@@ -5,19 +5,19 @@ Everything that can be wrong is looked at before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmgrpo.config import Config, dump_config
-from mmgrpo.config.schema import ImageConfig, Reward, TextConfig
+from mmgrpo.config.schema import Reward
 from mmgrpo.core.collective import LOCAL
 from mmgrpo.data import PromptSource, check_columns, read_prompts
 from mmgrpo.errors import ConfigError, ModelError
 from mmgrpo.methods import Method, load_method
 from mmgrpo.methods.components import with_default
+from mmgrpo.modalities import Modality
 from mmgrpo.plan import (
     REFERENCE_NEEDS,
     check_method,
@@ -27,8 +27,8 @@ from mmgrpo.plan import (
     describe,
 )
 from mmgrpo.policies.adapters import Ema, trainable_parameters
-from mmgrpo.protocols import Policy, Prompt, RolloutEngine, Tracker
-from mmgrpo.registry import load_target, resolve
+from mmgrpo.protocols import Policy, Prompt, Tracker
+from mmgrpo.registry import resolve
 from mmgrpo.scoring import NamedReward, RewardRunner, check_modality, load_rewards
 from mmgrpo.tracking import Console, JsonlTracker, write_samples, write_summary
 from mmgrpo.trainer.distributed import EvaluationModule, make_accelerator, make_collective
@@ -83,7 +83,7 @@ def sample(config: Config, checkpoint: str | Path, out: str | Path) -> Path:
     rewards = make_rewards(config)
     scorer = make_scorer(rewards, config, prompts)
     policy = load_policy(config, method, checkpoint)
-    engine = ENGINES[config.modality](policy, config, method, "eval")
+    engine = modality_of(config).engine(policy, config, method, "eval")
     rollout = engine.generate(prompts, group_size=config.eval.samples, seed=EVAL_SEED)
     scores = scorer.score(rollout.samples, step=0)
     return write_samples(
@@ -133,11 +133,11 @@ def assemble(
     policy = make_policy(config, method) if policy is None else policy
     check_reference(policy, method)
     policy.network.to(accelerator.device)
-    engine = ENGINES[config.modality](policy, config, method, "train")
+    engine = modality_of(config).engine(policy, config, method, "train")
     policy.check(prompts, room=engine.room)
     greedy = None
     if "baseline_reward" in method.needs:
-        greedy = ENGINES[config.modality](policy, config, method, "greedy")
+        greedy = modality_of(config).engine(policy, config, method, "greedy")
     return Parts(
         policy=policy,
         method=bind_method(method, config, scorer),
@@ -160,6 +160,12 @@ def assemble(
     )
 
 
+def modality_of(config: Config) -> Modality:
+    """What the run's modality says about itself."""
+    modality: Modality = resolve("modality", config.modality)
+    return modality
+
+
 def make_method(config: Config) -> Method:
     """The preset that the configuration names, with its overrides."""
     return load_method(config.method.id, **config.method.overrides)
@@ -170,7 +176,7 @@ def bind_method(method: Method, config: Config, scorer: Any) -> Method:
     return replace(
         method,
         reward_weights=dict(scorer.weights),
-        aggregate=with_default(method.aggregate, length=LENGTH_LIMITS[config.modality](config)),
+        aggregate=with_default(method.aggregate, length=modality_of(config).length_limit(config)),
     )
 
 
@@ -180,7 +186,7 @@ def load_prompts(config: Config, path: str) -> list[Prompt]:
         path,
         modality=config.modality,
         prompt_column=config.data.prompt_column,
-        **PROMPT_OPTIONS[config.modality](config),
+        **modality_of(config).prompt_options(config),
     )
 
 
@@ -210,8 +216,9 @@ def make_policy(config: Config, method: Method, folder: str | None = None) -> Po
     """Load the model that trains, with the reference its method needs and no other."""
     needed = bool(method.needs & REFERENCE_NEEDS)
     reference = config.model.reference if needed else "none"
-    silence(LIBRARIES[config.modality])
-    return POLICIES[config.modality](config, folder or config.model.path, reference)
+    modality = modality_of(config)
+    silence(modality.libraries)
+    return modality.policy(config, folder or config.model.path, reference)
 
 
 def load_policy(config: Config, method: Method, checkpoint: str | Path) -> Policy:
@@ -244,7 +251,7 @@ def make_evaluator(
     names = {reward.name for reward in rewards}
     judges = [replace(j, name="judge") if j.name in names else j for j in judges]
     scorer = make_scorer([*rewards, *judges], config, prompts)
-    engine = ENGINES[config.modality](policy, config, method, "eval")
+    engine = modality_of(config).engine(policy, config, method, "eval")
     policy.check(prompts, room=engine.room)
     return Evaluator(
         engine=engine,
@@ -268,121 +275,3 @@ def make_trackers(config: Config) -> list[Tracker]:
     settings = config.model_dump()
     external = [resolve("tracker", name) for name in config.tracking.trackers]
     return [*trackers, *(start(run_dir, settings) for start in external)]
-
-
-# -- what differs by modality: constructors and names of settings -------------------------------
-
-
-def _lora(config: Config) -> dict[str, Any] | None:
-    return None if config.model.lora is None else config.model.lora.model_dump()
-
-
-def _token_policy(
-    target: str, own: Sequence[str], config: TextConfig, folder: str, reference: str
-) -> Policy:
-    policy: Policy = load_target(target)(
-        folder,
-        lora=_lora(config),
-        reference=reference,
-        dtype=config.model.dtype,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        attention=config.model.attention,
-        max_prompt_tokens=config.model.max_prompt_tokens,
-        seed=config.seed,
-        **{name: getattr(config.model, name) for name in own},
-    )
-    return policy
-
-
-def _flow_policy(config: ImageConfig, folder: str, reference: str) -> Policy:
-    policy: Policy = load_target("mmgrpo.policies.flow:FlowPolicy")(
-        folder,
-        lora=_lora(config),
-        reference=reference,
-        dtype=config.model.dtype,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        guidance_scale=config.rollout.guidance_scale,
-        max_prompt_tokens=config.model.max_prompt_tokens,
-        seed=config.seed,
-    )
-    return policy
-
-
-def _token_engine(policy: Policy, config: TextConfig, method: Method, mode: str) -> RolloutEngine:
-    del method  # fixes only the rollout of flows
-    rollout = config.rollout
-    by_mode: dict[str, dict[str, Any]] = {
-        "train": {
-            "temperature": rollout.temperature,
-            "top_p": rollout.top_p,
-            "top_k": rollout.top_k,
-            "min_p": rollout.min_p,
-        },
-        "eval": {"temperature": config.eval.temperature},
-        "greedy": {"temperature": 0.0},
-    }
-    engine: RolloutEngine = load_target("mmgrpo.rollout.autoregressive:AutoregressiveEngine")(
-        policy, max_new_tokens=rollout.max_new_tokens, stop=tuple(rollout.stop), **by_mode[mode]
-    )
-    return engine
-
-
-def _flow_engine(policy: Policy, config: ImageConfig, method: Method, mode: str) -> RolloutEngine:
-    rollout, fixed = config.rollout, method.rollout
-    by_mode: dict[str, dict[str, Any]] = {
-        "train": {
-            "kernel": fixed.kernel,
-            "eta": fixed.eta,
-            "selection": dict(fixed.selection),
-            "shared_noise": fixed.shared_noise,
-            "tree": fixed.tree,
-            "suffix": fixed.suffix,
-            "num_steps": rollout.num_steps,
-        },
-        "eval": {
-            "kernel": "ode",
-            "num_steps": config.eval.num_steps or rollout.num_steps,
-            "guidance_scale": config.eval.guidance_scale,
-        },
-        "greedy": {"kernel": "ode", "num_steps": rollout.num_steps},
-    }
-    engine: RolloutEngine = load_target("mmgrpo.rollout.flow:FlowEngine")(
-        policy,
-        height=rollout.height,
-        width=rollout.width,
-        shift=rollout.shift,
-        **by_mode[mode],
-    )
-    return engine
-
-
-POLICIES: Mapping[str, Callable[..., Policy]] = {
-    "text": partial(_token_policy, "mmgrpo.policies.autoregressive:AutoregressivePolicy", ()),
-    "vision": partial(
-        _token_policy, "mmgrpo.policies.multimodal:VisionLanguagePolicy", ("train_vision",)
-    ),
-    "image": _flow_policy,
-}
-ENGINES: Mapping[str, Callable[..., RolloutEngine]] = {
-    "text": _token_engine,
-    "vision": _token_engine,
-    "image": _flow_engine,
-}
-LIBRARIES: Mapping[str, tuple[str, ...]] = {
-    "text": ("transformers",),
-    "vision": ("transformers",),
-    "image": ("transformers", "diffusers"),
-}
-LENGTH_LIMITS: Mapping[str, Callable[[Any], int]] = {
-    "text": lambda config: config.rollout.max_new_tokens,
-    "vision": lambda config: config.rollout.max_new_tokens,
-    "image": lambda config: config.rollout.num_steps - 1,
-}
-PROMPT_OPTIONS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
-    "text": lambda config: {"system_prompt": config.data.system_prompt},
-    "vision": lambda config: {
-        "system_prompt": config.data.system_prompt,
-        "image_column": config.data.image_column,
-    },
-    "image": lambda config: {},
-}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmgrpo.config import Config
-from mmgrpo.config.schema import ImageRollout
+from mmgrpo.config.flow_schema import ImageRollout
 from mmgrpo.errors import ConfigError, DataError, MethodError, MissingExtraError
 from mmgrpo.methods import Method
 from mmgrpo.protocols import Policy, Prompt

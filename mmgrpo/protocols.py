@@ -48,13 +48,15 @@ class Prompt:
 class Sample:
     """One generation, as rewards, transcripts and image grids see it.
 
-    Exactly one of ``completion`` (text) and ``image`` is set. ``length`` is the number of sampled
-    tokens, for rewards that look at it.
+    One of ``completion`` (text), ``image`` and ``video`` (frames in order) is set; an image that
+    the model planned in words first has the plan as its ``completion``. ``length`` is the number of
+    sampled tokens, for rewards that look at it.
     """
 
     prompt: Prompt
     completion: str | None = None
     image: Image | None = None
+    video: Sequence[Image] | None = None
     truncated: bool = False
     length: int | None = None
 

@@ -97,7 +97,14 @@ TRACKERS: dict[str, str] = {
 }
 """Trackers: name -> target."""
 
-KINDS: Mapping[str, Mapping[str, str]] = {"tracker": TRACKERS}
+MODALITIES: dict[str, str] = {
+    "text": "mmgrpo.modalities.tokens:TEXT",
+    "vision": "mmgrpo.modalities.tokens:VISION",
+    "image": "mmgrpo.modalities.flow:IMAGE",
+}
+"""Modalities: name -> target. The configuration's schema has a class for each."""
+
+KINDS: Mapping[str, Mapping[str, str]] = {"tracker": TRACKERS, "modality": MODALITIES}
 
 
 def load_target(target: str) -> Any:

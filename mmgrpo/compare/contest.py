@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmgrpo.config import Config, load_config
-from mmgrpo.config.schema import MODALITIES
+from mmgrpo.config.modalities import MODALITIES
 from mmgrpo.errors import ConfigError, nearest
 
 

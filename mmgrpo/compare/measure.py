@@ -60,7 +60,7 @@ def from_samples(config: Config) -> dict[str, float]:
     trained = build.load_policy(config, method, saved[-1])
     evaluator = build.make_evaluator(config, trained, method, build.make_rewards(config))
     assert evaluator is not None  # every playground task has held-out prompts
-    engine = build.ENGINES[config.modality](trained, config, method, "train")
+    engine = build.modality_of(config).engine(trained, config, method, "train")
     prompts = list(evaluator.prompts.all(evaluator.limit))
     rollout = engine.generate(prompts, group_size=SAMPLES, seed=build.EVAL_SEED + 1)
     judged = evaluator.scorer.score(rollout.samples, step=0).values[evaluator.judge]

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from mmgrpo.config.schema import MODALITIES
+from mmgrpo.config.modalities import MODALITIES
 from mmgrpo.errors import nearest
 
 Path = tuple[str | int, ...]

@@ -10,9 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from mmgrpo.config.explain import Origins, explain, origin
+from mmgrpo.config.modalities import MODALITIES
 from mmgrpo.config.paths import find_config
 from mmgrpo.config.presets import check_preset
-from mmgrpo.config.schema import MODALITIES, Config
+from mmgrpo.config.schema import Config
 from mmgrpo.config.yaml_file import dump_yaml, parse_yaml
 from mmgrpo.errors import ConfigError, MethodError, nearest
 

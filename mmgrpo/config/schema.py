@@ -1,7 +1,8 @@
 """The typed sections of a configuration: names and numbers only, never torch.
 
-One class per modality, so that a key of another modality is an unknown key. The sentence under a
-field is its documentation.
+The classes here are what modalities share; ``token_schema`` and ``flow_schema`` have one class for
+each, so that a key of another modality is an unknown key. The sentence under a field is its
+documentation.
 """
 
 from __future__ import annotations
@@ -121,29 +122,6 @@ class Model(Section):
     gradient_checkpointing: bool = False
 
 
-class TextModel(Model):
-    """A causal language model."""
-
-    attention: str = "sdpa"
-    """Attention implementation of transformers."""
-    max_prompt_tokens: PositiveInt | None = None
-    """A longer prompt is an error; null: what the model's context leaves beside the completion."""
-
-
-class ImageModel(Model):
-    """A flow image pipeline."""
-
-    max_prompt_tokens: PositiveInt | None = None
-    """Length of the T5 part of a prompt; null: the pipeline's own."""
-
-
-class VisionModel(TextModel):
-    """A vision-language model."""
-
-    train_vision: bool = False
-    """Whether the vision tower trains too."""
-
-
 class Data(Section):
     """The prompts: JSONL, Parquet or a datasets folder."""
 
@@ -153,49 +131,12 @@ class Data(Section):
     """Plain text, or chat messages."""
 
 
-class TextData(Data):
-    """Prompts for a language model."""
-
-    system_prompt: str | None = None
-
-
-class VisionData(TextData):
-    """Prompts with images."""
-
-    image_column: str = "images"
-
-
 class Rollout(Section):
     """How samples are drawn."""
 
     group_size: PositiveInt = 8
     """Samples per prompt."""
     prompts_per_step: PositiveInt = 8
-
-
-class TextRollout(Rollout):
-    """How completions are drawn."""
-
-    max_new_tokens: PositiveInt = 512
-    temperature: PositiveFloat = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: PositiveInt | None = None
-    min_p: Share = 0.0
-    stop: list[str] = []
-    """Strings that end a completion."""
-
-
-class ImageRollout(Rollout):
-    """How images are drawn; the method's preset names the sampler's kernel."""
-
-    num_steps: PositiveInt = 10
-    height: PositiveInt | None = None
-    """Pixels; null: the model's own size."""
-    width: PositiveInt | None = None
-    guidance_scale: NonNegativeFloat = 1.0
-    """Classifier-free guidance (1: none), or the model's embedded guidance."""
-    shift: PositiveFloat | None = None
-    """Time shift of the sigma schedule; null: the pipeline's scheduler decides."""
 
 
 class Trainer(Section):
@@ -235,28 +176,6 @@ class Eval(Section):
     """Its mean is eval/success; null: the first reward."""
 
 
-class TextEval(Eval):
-    """Evaluation of completions."""
-
-    temperature: NonNegativeFloat = 0.0
-    """0: greedy."""
-
-    @model_validator(mode="after")
-    def _no_equal_samples(self) -> TextEval:
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"samples is {self.samples}, but temperature 0 makes them all equal")
-        return self
-
-
-class ImageEval(Eval):
-    """Evaluation of images."""
-
-    num_steps: PositiveInt | None = None
-    """null: as in the rollout."""
-    guidance_scale: NonNegativeFloat | None = None
-    """null: as in the rollout."""
-
-
 class Tracking(Section):
     """Where metrics go beside metrics.jsonl."""
 
@@ -282,39 +201,3 @@ class Config(Section):
     trainer: Trainer
     eval: Eval
     tracking: Tracking = Tracking()
-
-
-class TextConfig(Config):
-    """A run that trains a language model."""
-
-    modality: Literal["text"]
-    model: TextModel
-    data: TextData
-    rollout: TextRollout = TextRollout()
-    eval: TextEval = TextEval()
-
-
-class VisionConfig(Config):
-    """A run that trains a vision-language model."""
-
-    modality: Literal["vision"]
-    model: VisionModel
-    data: VisionData
-    rollout: TextRollout = TextRollout()
-    eval: TextEval = TextEval()
-
-
-class ImageConfig(Config):
-    """A run that trains a flow or diffusion image model."""
-
-    modality: Literal["image"]
-    model: ImageModel
-    rollout: ImageRollout = ImageRollout()
-    eval: ImageEval = ImageEval()
-
-
-MODALITIES: dict[str, type[Config]] = {
-    "text": TextConfig,
-    "vision": VisionConfig,
-    "image": ImageConfig,
-}

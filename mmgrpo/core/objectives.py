@@ -18,8 +18,16 @@ class Decisions(NamedTuple):
     """What an objective sees of the decisions, each ``[B, T]`` and finite where the mask is off.
 
     ``log_ratio`` is at the method's level (token, segment, sequence), the log-probabilities are
-    the decisions' own; only ``log_ratio`` and ``log_prob`` carry gradients. ``divergence`` from the
-    old policy is there where the trust region reads it.
+    the decisions' own; only ``log_ratio``, ``log_prob`` and ``matching.prediction`` carry
+    gradients. ``divergence`` from the old policy is there where the trust region reads it. The
+    other fields are there where the objective's name is in the table that asks for them.
+
+    Attributes:
+        ref_log_prob: ``[B, T]`` under the reference (:data:`READS_REFERENCE`).
+        matching: see :class:`Matching` (:data:`READS_MATCHING`).
+        mask: ``[B, T]`` bool.
+        group: ``[B]`` int64 (:data:`COUPLES_ROWS`: whole groups are in one call).
+        pairs: ``[N, 2]`` int64 rows (preferred, rejected).
     """
 
     log_ratio: Tensor
@@ -27,6 +35,35 @@ class Decisions(NamedTuple):
     old_log_prob: Tensor
     advantage: Tensor
     divergence: Tensor | None = None
+    ref_log_prob: Tensor | None = None
+    matching: Matching | None = None
+    mask: Tensor | None = None
+    group: Tensor | None = None
+    pairs: Tensor | None = None
+
+
+class Matching(NamedTuple):
+    """A denoiser's predictions on noised clean samples; a decision is one (noise, level) draw.
+
+    Attributes:
+        prediction: ``[B, T, ...]`` velocity under the policy being trained, differentiable.
+        old_prediction: ``[B, T, ...]`` under the policy that sampled.
+        target: ``[B, T, ...]`` velocity that leads to the clean sample (noise - clean).
+        sigma: ``[B, T]`` noise levels.
+    """
+
+    prediction: Tensor
+    old_prediction: Tensor
+    target: Tensor
+    sigma: Tensor
+
+
+READS_REFERENCE: frozenset[str] = frozenset()
+"""Objectives that read the reference's log-probabilities."""
+READS_MATCHING: frozenset[str] = frozenset()
+"""Objectives that read the predictions of noised clean samples."""
+COUPLES_ROWS: frozenset[str] = frozenset()
+"""Objectives whose loss of a row depends on the other rows of its group or on its pair."""
 
 
 class Surrogate(NamedTuple):
@@ -54,7 +91,7 @@ def log_policy_gradient(decisions: Decisions, *, low: float = 0.2, high: float =
     For A > 0 log_prob is bounded above by old + log(1 + high), for A <= 0 below by
     old + log(1 - low). The gradient is |A| inside the region, without a ratio factor.
     """
-    log_ratio, log_prob, old_log_prob, advantage, _ = decisions
+    log_ratio, log_prob, old_log_prob, advantage = decisions[:4]
     if not (0 <= low < 1 and high >= 0):
         raise ValueError(f"clip widths must be 0 <= low < 1 and high >= 0; got {low}, {high}")
     upper, lower = math.log1p(high), math.log1p(-low)

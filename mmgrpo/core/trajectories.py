@@ -60,6 +60,9 @@ class Trajectories:
         pairs: ``[N, 2]`` int64 rows (preferred, rejected).
         old_prediction, ref_prediction: ``[B, T, ...]`` parameters of the decision's distribution
             (a velocity for flow policies) under the sampling and the reference weights.
+        target: ``[B, T, ...]`` velocity that leads to the clean sample, where a decision is a
+            (noise, level) draw on it.
+        sigma: ``[B, T]`` noise level of such a draw.
         payload: see :class:`Payload`.
     """
 
@@ -87,6 +90,8 @@ class Trajectories:
     pairs: Tensor | None = None
     old_prediction: Tensor | None = None
     ref_prediction: Tensor | None = None
+    target: Tensor | None = None
+    sigma: Tensor | None = None
     payload: Any = None
 
     def __post_init__(self) -> None:
@@ -198,7 +203,7 @@ class Trajectories:
 _PER_DECISION = (
     "old_log_prob", "rollout_log_prob", "ref_log_prob", "entropy", "values", "step_reward",
     "advantage", "weight", "step_std", "step_length", "segment", "node", "old_prediction",
-    "ref_prediction",
+    "ref_prediction", "target", "sigma",
 )  # fmt: skip
 _PER_SAMPLE = ("reward", "baseline_reward", "stratum", "variant", "version", "truncated")
 _PER_ROW = ("group", "mask", *_PER_DECISION, *_PER_SAMPLE)

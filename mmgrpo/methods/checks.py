@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mmgrpo.core.diffusion import KERNELS, select_steps
-from mmgrpo.core.objectives import Decisions
+from mmgrpo.core.objectives import Decisions, Matching
 from mmgrpo.core.ratios import READS_DIVERGENCE
 from mmgrpo.errors import MethodError, nearest
 from mmgrpo.methods.components import accepts
@@ -19,6 +19,8 @@ from mmgrpo.methods.components import accepts
 if TYPE_CHECKING:
     from mmgrpo.methods.method import Method
 
+DENOISING = {"image", "video"}
+"""Modalities whose decisions are Gaussian denoising steps."""
 REQUIREMENTS = ("on_policy", "one_epoch")
 """What a preset may require of the trainer beside what its components need."""
 
@@ -68,7 +70,7 @@ def check_rollout(method: Method, *, num_steps: int, group_size: int) -> None:
 def _objective(method: Method) -> Iterator[str]:
     """A dry call finds bounds that contradict each other."""
     try:
-        method.objective(Decisions(*torch.zeros(5, 1, 1)))
+        method.objective(_one_decision())
     except ValueError as error:
         yield f"{method.component('objective')}: {_sentence(error)}"
     if method.components.get("trust_region") and not accepts(method.objective, "trust_region"):
@@ -76,6 +78,23 @@ def _objective(method: Method) -> Iterator[str]:
             f"trust_region has no effect with objective '{method.component('objective')}'; "
             "set it to null."
         )
+
+
+def _one_decision() -> Decisions:
+    """A decision of zeros, with everything that an objective may read."""
+    zero, field = torch.zeros(1, 1), torch.zeros(1, 1, 1)
+    return Decisions(
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        ref_log_prob=zero,
+        matching=Matching(field, field, field, zero),
+        mask=torch.ones(1, 1, dtype=torch.bool),
+        group=torch.zeros(1, dtype=torch.int64),
+        pairs=torch.zeros(1, 2, dtype=torch.int64),
+    )
 
 
 def _reward(method: Method) -> Iterator[str]:
@@ -115,8 +134,8 @@ def _divergence(method: Method) -> Iterator[str]:
             f"evaluation has one divergence: regulariser.kl cannot be '{options.estimator}' to "
             f"{options.target} beside it."
         )
-    if method.component("ratio") in READS_DIVERGENCE and method.modalities != ("image",):
-        yield "ratio 'guard' is for denoising steps: modalities must be [image]."
+    if method.component("ratio") in READS_DIVERGENCE and not set(method.modalities) <= DENOISING:
+        yield "ratio 'guard' is for denoising steps: modalities must be of [image, video]."
 
 
 def _sentence(error: ValueError) -> str:

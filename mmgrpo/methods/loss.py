@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmgrpo.core import divergence
 from mmgrpo.core.aggregation import Denominators, denominators
-from mmgrpo.core.objectives import Decisions
+from mmgrpo.core.objectives import READS_MATCHING, READS_REFERENCE, Decisions, Matching
 from mmgrpo.core.ratios import READS_DIVERGENCE, log_ratio
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.protocols import Evaluation
@@ -69,7 +69,20 @@ def compute_loss(
     moved = _from_old(method, evaluation, mask, dtype)
     levelled = _levelled(method, per_decision, trajectories, moved)
     advantage = _masked(trajectories.advantage, mask, dtype)
-    surrogate = method.objective(Decisions(levelled, log_prob, old, advantage, moved))
+    surrogate = method.objective(
+        Decisions(
+            levelled,
+            log_prob,
+            old,
+            advantage,
+            moved,
+            ref_log_prob=_reference(method, trajectories, dtype),
+            matching=_matching(method, trajectories, evaluation),
+            mask=mask,
+            group=trajectories.group,
+            pairs=trajectories.pairs,
+        )
+    )
     loss = surrogate.loss * _correction(method, old, trajectories)
     penalty, metrics = _regularise(method, log_prob, per_decision, trajectories, evaluation)
     total = denominators(trajectories) if total is None else total
@@ -106,6 +119,33 @@ def _from_old(
             "evaluation=policy.evaluate(trajectories, method.request)"
         )
     return _masked(evaluation.divergence, mask, dtype)
+
+
+def _reference(method: Method, trajectories: Trajectories, dtype: torch.dtype) -> Tensor | None:
+    """``[B, T]`` log-probability under the reference, where the objective reads it."""
+    if method.component("objective") not in READS_REFERENCE:
+        return None
+    if trajectories.ref_log_prob is None:
+        raise ValueError(f"method {method.id} needs trajectories.ref_log_prob")
+    return _masked(trajectories.ref_log_prob, trajectories.mask, dtype)
+
+
+def _matching(
+    method: Method, trajectories: Trajectories, evaluation: Evaluation | None
+) -> Matching | None:
+    """Predictions, targets and noise levels, where the objective reads them."""
+    if method.component("objective") not in READS_MATCHING:
+        return None
+    found = {
+        "evaluation.prediction": None if evaluation is None else evaluation.prediction,
+        "trajectories.old_prediction": trajectories.old_prediction,
+        "trajectories.target": trajectories.target,
+        "trajectories.sigma": trajectories.sigma,
+    }
+    for name, value in found.items():
+        if value is None:
+            raise ValueError(f"method {method.id} needs {name}")
+    return Matching(*(value for value in found.values() if value is not None))
 
 
 def _levelled(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from torch import Tensor
 
-from mmgrpo.core import credit, ratios, trust_regions
+from mmgrpo.core import credit, objectives, ratios, trust_regions
 from mmgrpo.core.advantages import GROUP_BASELINES
 from mmgrpo.core.aggregation import Denominators
 from mmgrpo.core.collective import LOCAL, Collective
@@ -141,11 +141,15 @@ class Method:
 
         ``ref_log_prob``, ``ref_prediction``, ``old_prediction``, ``baseline_reward``, ``entropy``,
         ``segment``; ``groups`` (at least two samples per prompt, whole groups in ``prepare``),
+        ``whole_groups`` (whole groups in ``loss`` too),
         ``on_policy`` (one update per rollout) and ``one_epoch`` (one pass over a rollout).
         """
         penalty = self.regulariser.kl
+        objective = self.component("objective")
         asked = {
-            "ref_log_prob": bool(self.reward.kl),
+            "ref_log_prob": bool(self.reward.kl) or objective in objectives.READS_REFERENCE,
+            "old_prediction": self.reads_divergence or objective in objectives.READS_MATCHING,
+            "whole_groups": objective in objectives.COUPLES_ROWS,
             "baseline_reward": self.advantage.baseline == "greedy",
             "groups": self.advantage.baseline in GROUP_BASELINES
             or self.component("credit") in credit.COMPARES_GROUP,
@@ -153,8 +157,6 @@ class Method:
             "segment": self.component("ratio") == "segment",
         }
         needs = {*self.requires, *(name for name, needed in asked.items() if needed)}
-        if self.reads_divergence:
-            needs.add("old_prediction")
         if penalty.coefficient and penalty.gaussian:
             needs.add(f"{penalty.target}_prediction")
         elif penalty.coefficient and penalty.target == "ref":
@@ -173,15 +175,15 @@ class Method:
     def request(self) -> Request:
         """What the method reads of a policy's evaluation beside log-probabilities."""
         penalty = self.regulariser.kl
-        if self.reads_divergence:
-            return Request(
-                entropy=bool(self.regulariser.entropy), divergence="exact", divergence_target="old"
-            )
-        return Request(
+        plain = Request(
             entropy=bool(self.regulariser.entropy),
-            divergence=penalty.estimator if penalty.coefficient and penalty.gaussian else None,
-            divergence_target=penalty.target,
+            prediction=self.component("objective") in objectives.READS_MATCHING,
         )
+        if self.reads_divergence:
+            return replace(plain, divergence="exact", divergence_target="old")
+        if penalty.coefficient and penalty.gaussian:
+            return replace(plain, divergence=penalty.estimator, divergence_target=penalty.target)
+        return plain
 
     def check_rollout(self, *, num_steps: int, group_size: int) -> None:
         """Refuse a schedule that the method's steps do not fit; raises MethodError."""

@@ -60,10 +60,27 @@ def minibatches(group: Tensor, count: int, seed: int, collective: Collective) ->
     return [(part == i).nonzero().squeeze(1) for i in range(count)]
 
 
-def micro_batches(trajectories: Trajectories, size: int | None) -> Sequence[Tensor]:
-    """Return the rows, cut into pieces of at most ``size`` (None: one piece)."""
+def micro_batches(
+    trajectories: Trajectories, size: int | None, *, whole_groups: bool = False
+) -> Sequence[Tensor]:
+    """Return the rows, cut into pieces of at most ``size`` (None: one piece).
+
+    With ``whole_groups`` no group is cut: a piece is successive groups that together have at most
+    ``size`` rows, or one larger group.
+    """
     rows = torch.arange(len(trajectories), device=trajectories.group.device)
-    return rows.split(size or len(rows))
+    if not whole_groups or size is None:
+        return rows.split(size or len(rows))
+    _, place, counts = torch.unique(trajectories.group, return_inverse=True, return_counts=True)
+    pieces: list[list[int]] = [[]]
+    filled = 0
+    for index, count in enumerate(counts.tolist()):
+        if filled and filled + count > size:
+            pieces.append([])
+            filled = 0
+        pieces[-1].append(index)
+        filled += count
+    return [rows[torch.isin(place, torch.tensor(p, device=place.device))] for p in pieces]
 
 
 def trained(trajectories: Trajectories, rows: Tensor) -> Trajectories:

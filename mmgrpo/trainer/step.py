@@ -152,7 +152,8 @@ def optimise(
     if evaluated < 0.5:
         fewer, evaluated = batch, total.decisions
     batch = fewer
-    pieces = micro_batches(batch, config.trainer.micro_batch_size)
+    whole_groups = "whole_groups" in parts.method.needs
+    pieces = micro_batches(batch, config.trainer.micro_batch_size, whole_groups=whole_groups)
     for number, rows in enumerate(pieces, start=1):
         last = number == len(pieces)
         with nullcontext() if last else parts.accelerator.no_sync(parts.network):

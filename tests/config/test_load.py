@@ -7,8 +7,8 @@ import pytest
 
 from mmgrpo.config import dump_config, load_config
 from mmgrpo.config.explain import known_keys
+from mmgrpo.config.modalities import MODALITIES
 from mmgrpo.config.paths import config_name, find_config, packaged_configs
-from mmgrpo.config.schema import MODALITIES
 from mmgrpo.errors import ConfigError
 from mmgrpo.registry import TRACKERS
 

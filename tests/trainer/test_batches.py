@@ -163,6 +163,18 @@ def test_micro_batches_cover_every_row_once():
         assert max(map(len, pieces)) <= (size or 7)
 
 
+def test_micro_batches_may_keep_groups_whole():
+    batch = rollout([4, 4, 2, 2, 2, 7, 9]).trajectories
+    cut = {
+        size: [piece.tolist() for piece in micro_batches(batch, size, whole_groups=True)]
+        for size in (1, 3, 4, 5, None)
+    }
+    assert cut[1] == [[2, 3, 4], [0, 1], [5], [6]]
+    assert cut[3] == [[2, 3, 4], [0, 1, 5], [6]]
+    assert cut[5] == [[0, 1, 2, 3, 4], [5, 6]]
+    assert cut[None] == [[0, 1, 2, 3, 4, 5, 6]]
+
+
 def test_trained_leaves_out_rows_without_decisions():
     batch = rollout([0, 1, 2, 3]).trajectories
     mask = batch.mask.clone()

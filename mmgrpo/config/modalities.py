@@ -1,0 +1,13 @@
+"""Modality -> the class of its configurations."""
+
+from __future__ import annotations
+
+from mmgrpo.config.flow_schema import ImageConfig
+from mmgrpo.config.schema import Config
+from mmgrpo.config.token_schema import TextConfig, VisionConfig
+
+MODALITIES: dict[str, type[Config]] = {
+    "text": TextConfig,
+    "vision": VisionConfig,
+    "image": ImageConfig,
+}

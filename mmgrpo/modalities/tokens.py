@@ -1,0 +1,81 @@
+"""Text and vision-language models: decisions are sampled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from mmgrpo.config.token_schema import TextConfig, VisionConfig
+from mmgrpo.methods import Method
+from mmgrpo.modalities.modality import Modality, lora_options
+from mmgrpo.protocols import Policy, RolloutEngine
+from mmgrpo.registry import load_target
+
+
+def token_policy(
+    target: str, own: Sequence[str], config: TextConfig, folder: str, reference: str
+) -> Policy:
+    """Load the policy class ``target``; ``own`` names the model settings that only it has."""
+    policy: Policy = load_target(target)(
+        folder,
+        lora=lora_options(config),
+        reference=reference,
+        dtype=config.model.dtype,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        attention=config.model.attention,
+        max_prompt_tokens=config.model.max_prompt_tokens,
+        seed=config.seed,
+        **{name: getattr(config.model, name) for name in own},
+    )
+    return policy
+
+
+def token_engine(policy: Policy, config: TextConfig, method: Method, mode: str) -> RolloutEngine:
+    """The engine with the sampling settings of the mode."""
+    del method  # fixes only the rollout of flows
+    rollout = config.rollout
+    by_mode: dict[str, dict[str, Any]] = {
+        "train": {
+            "temperature": rollout.temperature,
+            "top_p": rollout.top_p,
+            "top_k": rollout.top_k,
+            "min_p": rollout.min_p,
+        },
+        "eval": {"temperature": config.eval.temperature},
+        "greedy": {"temperature": 0.0},
+    }
+    engine: RolloutEngine = load_target("mmgrpo.rollout.autoregressive:AutoregressiveEngine")(
+        policy, max_new_tokens=rollout.max_new_tokens, stop=tuple(rollout.stop), **by_mode[mode]
+    )
+    return engine
+
+
+def _text_prompts(config: TextConfig) -> dict[str, Any]:
+    return {"system_prompt": config.data.system_prompt}
+
+
+def _vision_prompts(config: VisionConfig) -> dict[str, Any]:
+    return {**_text_prompts(config), "image_column": config.data.image_column}  # type: ignore[arg-type]
+
+
+def _length(config: TextConfig) -> int:
+    return config.rollout.max_new_tokens
+
+
+TEXT = Modality(
+    policy=partial(token_policy, "mmgrpo.policies.autoregressive:AutoregressivePolicy", ()),
+    engine=token_engine,
+    libraries=("transformers",),
+    length_limit=_length,
+    prompt_options=_text_prompts,
+)
+VISION = Modality(
+    policy=partial(
+        token_policy, "mmgrpo.policies.multimodal:VisionLanguagePolicy", ("train_vision",)
+    ),
+    engine=token_engine,
+    libraries=("transformers",),
+    length_limit=_length,
+    prompt_options=_vision_prompts,
+)
