@@ -7,9 +7,67 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmgrpo.compare.settings import AS_PUBLISHED, Settings, read_settings
 from mmgrpo.config import Config, load_config
 from mmgrpo.config.modalities import MODALITIES
+from mmgrpo.config.paths import config_name, packaged_configs
 from mmgrpo.errors import ConfigError, nearest
+
+QUICKSTART = "quickstart/"
+UNBOUNDED = 1_000_000
+"""Steps of a run that another budget ends."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every run may use; without a limit, what the task's configuration says.
+
+    Attributes:
+        steps: training steps.
+        decisions: generated decisions.
+        seconds: of training.
+    """
+
+    steps: int | None = None
+    decisions: int | None = None
+    seconds: float | None = None
+
+    def overrides(self) -> list[str]:
+        """The limits as settings of a run.
+
+        Raises:
+            ConfigError: more than one limit.
+        """
+        limits = {
+            "steps": self.steps,
+            "max_decisions": self.decisions,
+            "max_seconds": self.seconds,
+        }
+        given = {key: value for key, value in limits.items() if value is not None}
+        if len(given) > 1:
+            raise ConfigError(
+                "a budget is a number of steps, of decisions or of seconds; "
+                f"got {len(given)} of them, expected one."
+            )
+        return [
+            f"trainer.{key}={value}"
+            for key, value in ({"steps": UNBOUNDED} | given).items()
+            if given
+        ]
+
+    @property
+    def axis(self) -> str | None:
+        """The metric whose running sum the curves are drawn over; None: the step."""
+        if self.decisions is not None:
+            return "count/generated_decisions"
+        return "time/step_s" if self.seconds is not None else None
+
+    def __str__(self) -> str:
+        if self.decisions is not None:
+            return f"{self.decisions:,} generated decisions"
+        if self.seconds is not None:
+            return f"{self.seconds:g} seconds of training"
+        return "the quickstart's steps" if self.steps is None else f"{self.steps} steps"
 
 
 @dataclass(frozen=True)
@@ -19,10 +77,12 @@ class Entry:
     Attributes:
         method: preset id.
         overrides: ``key=value`` changes of the run, method slots under ``method.``.
+        settings: changes that the preset needs at the task's scale; ``overrides`` come after.
     """
 
     method: str
     overrides: tuple[str, ...] = ()
+    settings: Settings = AS_PUBLISHED
 
     @property
     def label(self) -> str:
@@ -40,18 +100,25 @@ class Contest:
     """What is compared.
 
     Attributes:
-        task: ``text``, ``vision`` or ``image``.
+        task: a configuration of ``quickstart/``.
         entries: the competitors.
         seeds: number of seeds, from 0.
-        budget: ``key=value`` settings that every run shares, such as ``trainer.steps=100``.
+        budget: what every run may use.
         out: folder of all runs and of the report.
+        changes: ``key=value`` settings that every run shares.
     """
 
     task: str
     entries: tuple[Entry, ...]
     seeds: int
-    budget: tuple[str, ...]
+    budget: Budget
     out: Path
+    changes: tuple[str, ...] = ()
+
+    @property
+    def conditions(self) -> str:
+        """The budget and the shared changes in words."""
+        return ", ".join((str(self.budget), *self.changes))
 
     def run_dir(self, entry: Entry, seed: int) -> Path:
         """Folder of one run."""
@@ -60,8 +127,10 @@ class Contest:
     def overrides(self, entry: Entry, seed: int) -> list[str]:
         """Everything that a run changes in the task's quickstart configuration."""
         return [
-            *self.budget,
             f"method={entry.method}",
+            *entry.settings.changes,
+            *self.budget.overrides(),
+            *self.changes,
             *entry.overrides,
             f"seed={seed}",
             f"run_dir={self.run_dir(entry, seed)}",
@@ -69,7 +138,7 @@ class Contest:
 
     def config(self, entry: Entry, seed: int) -> Config:
         """The checked configuration of one run."""
-        return load_config(f"quickstart/{self.task}", self.overrides(entry, seed))
+        return load_config(QUICKSTART + self.task, self.overrides(entry, seed))
 
     def check(self) -> None:
         """Refuse the contest if one of its runs is wrong, before the first one starts.
@@ -87,27 +156,51 @@ class Contest:
             self.config(entry, 0)
 
 
-def parse_entry(text: str, task: str) -> Entry:
+def tasks() -> list[str]:
+    """The playground tasks: the configurations of ``quickstart/``."""
+    named = (config_name(file) for file in packaged_configs())
+    return sorted(name.removeprefix(QUICKSTART) for name in named if name.startswith(QUICKSTART))
+
+
+def task_modality(task: str) -> str:
+    """The modality of a task's model.
+
+    Raises:
+        ConfigError: no such task.
+    """
+    known = tasks()
+    if task not in known:
+        raise ConfigError(f"unknown task '{task}'{nearest(task, known)}")
+    return load_config(QUICKSTART + task).modality
+
+
+def parse_entry(text: str, task: str, *, published: bool = False) -> Entry:
     """Read ``"flow-grpo advantage.scale=group trainer.learning_rate=1e-4"``.
 
     A change whose first key is no section of a configuration belongs to the method.
 
+    Args:
+        text: method id and changes.
+        task: playground task.
+        published: leave out what the preset needs at the task's scale.
+
     Raises:
         ConfigError: no such task, or an empty entry.
     """
-    if task not in MODALITIES:
-        raise ConfigError(f"unknown task '{task}'{nearest(task, MODALITIES)}")
+    modality = task_modality(task)
     if not text.strip():
         raise ConfigError("a competitor is a method id and its changes; got an empty text.")
     method, *changes = text.split()
-    return Entry(method, tuple(_place(change, task) for change in changes))
+    known = {} if published else read_settings(task)
+    placed = tuple(_place(change, modality) for change in changes)
+    return Entry(method, placed, known.get(method, AS_PUBLISHED))
 
 
-def _place(change: str, task: str) -> str:
+def _place(change: str, modality: str) -> str:
     head = change.partition("=")[0].partition(".")[0]
-    return change if head in MODALITIES[task].model_fields else f"method.{change}"
+    return change if head in MODALITIES[modality].model_fields else f"method.{change}"
 
 
-def parse_entries(texts: Sequence[str], task: str) -> tuple[Entry, ...]:
+def parse_entries(texts: Sequence[str], task: str, *, published: bool = False) -> tuple[Entry, ...]:
     """Read all competitors."""
-    return tuple(parse_entry(text, task) for text in texts)
+    return tuple(parse_entry(text, task, published=published) for text in texts)

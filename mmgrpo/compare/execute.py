@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mmgrpo.compare.contest import Contest, Entry
+from mmgrpo.compare.contest import QUICKSTART, Contest, Entry
 from mmgrpo.errors import MmgrpoError
 
 MEASURES = "measures.json"
@@ -55,7 +55,7 @@ def _run(contest: Contest, entry: Entry, seed: int, threads: int) -> None:
         return
     overrides = contest.overrides(entry, seed)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    train = [sys.executable, "-m", "mmgrpo", "train", f"quickstart/{contest.task}", *overrides]
+    train = [sys.executable, "-m", "mmgrpo", "train", QUICKSTART + contest.task, *overrides]
     _call(train, environment, run_dir)
     measure = [sys.executable, "-m", "mmgrpo.compare.measure", str(run_dir)]
     _call(measure, environment, run_dir)

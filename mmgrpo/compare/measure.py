@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +23,8 @@ from mmgrpo.config import Config, load_config
 from mmgrpo.core.groups import group_mean
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.methods import load_method
+from mmgrpo.methods.checks import DENOISING
+from mmgrpo.protocols import Sample
 from mmgrpo.tracking import read_metrics
 from mmgrpo.trainer.run_folder import checkpoints
 
@@ -56,7 +61,8 @@ def from_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
 def from_samples(config: Config) -> dict[str, float]:
     """Sample the last checkpoint on the held-out prompts and compare with the initial weights."""
     saved = checkpoints(Path(config.run_dir))
-    method = load_method(SAMPLER) if config.modality == "image" else build.make_method(config)
+    denoises = config.modality in DENOISING
+    method = load_method(SAMPLER) if denoises else build.make_method(config)
     trained = build.load_policy(config, method, saved[-1])
     evaluator = build.make_evaluator(config, trained, method, build.make_rewards(config))
     assert evaluator is not None  # every playground task has held-out prompts
@@ -70,8 +76,21 @@ def from_samples(config: Config) -> dict[str, float]:
     return {
         "pass@1": float(judged.nanmean()),
         f"pass@{SAMPLES}": pass_at_all(judged, rollout.trajectories.group),
+        **({"diversity": diversity(rollout.samples)} if denoises else {}),
         **from_trajectories(rollout.trajectories, start),
     }
+
+
+def diversity(samples: Sequence[Sample]) -> float:
+    """How much pictures of one prompt differ: root mean square over pixels in [0, 1] and pairs."""
+    prompts: dict[int, list[np.ndarray]] = defaultdict(list)
+    for sample in samples:
+        frames = sample.video if sample.image is None else [sample.image]
+        assert frames is not None  # the modality draws
+        prompts[sample.prompt.index].append(np.stack([np.asarray(f) for f in frames]) / 255)
+    # Over all pairs of one prompt the mean square difference is twice the unbiased variance.
+    squares = [2 * float(np.var(p, axis=0, ddof=1).mean()) for p in prompts.values() if len(p) > 1]
+    return math.sqrt(math.fsum(squares) / len(squares)) if squares else math.nan
 
 
 def pass_at_all(judged: Tensor, group: Tensor) -> float:

@@ -28,6 +28,10 @@ class Interval:
         return number if math.isnan(self.half_width) else f"{number} ± {self.half_width:.2g}"
 
 
+GAIN, GOOD = 0.15, 0.9
+"""A method has learned where success rose by ``GAIN`` or came to ``GOOD``."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """One competitor's row.
@@ -39,6 +43,14 @@ class Summary:
 
     entry: Entry
     measures: dict[str, Interval]
+
+    @property
+    def learned(self) -> bool | None:
+        """Whether the mean success rose enough; None where it was not measured."""
+        first, last = (self.measures.get(f"success/{end}") for end in ("first", "last"))
+        if first is None or last is None:
+            return None
+        return last.mean >= GOOD or last.mean - first.mean >= GAIN
 
 
 def summarise(contest: Contest) -> list[Summary]:

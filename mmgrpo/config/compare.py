@@ -7,7 +7,8 @@ from typing import Any
 
 FREE_KEYS = (
     "run_dir", "resume", "tracking", "reward_failure", "reward_timeout_s",
-    "model.gradient_checkpointing", "trainer.steps", "trainer.save_every",
+    "model.gradient_checkpointing", "trainer.steps", "trainer.max_decisions",
+    "trainer.max_seconds", "trainer.save_every",
     "trainer.keep_checkpoints", "trainer.micro_batch_size",
 )  # fmt: skip
 """Keys that may change between a run and the run that resumes it.

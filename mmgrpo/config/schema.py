@@ -144,6 +144,10 @@ class Trainer(Section):
 
     steps: PositiveInt
     """Rollout steps in all."""
+    max_decisions: PositiveInt | None = None
+    """Stop after the step in which so many decisions have been generated."""
+    max_seconds: PositiveFloat | None = None
+    """Stop after the step in which the steps have taken so long."""
     learning_rate: PositiveFloat
     minibatches: PositiveInt = 1
     """Optimiser steps per pass over a rollout."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import warnings
@@ -30,7 +31,7 @@ RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
 
 
 def fit(parts: Parts, config: Config) -> dict[str, Any]:
-    """Train until ``trainer.steps``, resuming from the newest checkpoint of the run folder.
+    """Train until the budget is used, resuming from the newest checkpoint of the run folder.
 
     Returns:
         The metrics of the last step.
@@ -43,17 +44,19 @@ def fit(parts: Parts, config: Config) -> dict[str, Any]:
     with _stop_requests() as requested:
         if state.step == 0 and parts.evaluator is not None:
             _log(parts, {"step": 0, **_evaluate(parts, state)}, 0)
-        while state.step < config.trainer.steps:
+        while not finished(parts, state, config):
             if any_rank(parts.collective, requested()):
                 raise _interrupt(parts, state, config)
             collected = _step(parts, state, config)
             if state.step == first:
                 check_on_policy(state.metrics, config.model.dtype)
-            if parts.evaluator is not None and _due(state.step, config.eval.every, config):
+            last = finished(parts, state, config)
+            if parts.evaluator is not None and (last or _due(state, config.eval.every)):
                 state.metrics.update(_evaluate(parts, state))
-            _write_samples(parts, state, config, collected)
+            if state.step == 1 or last or _due(state, config.eval.every):
+                _write_samples(parts, state, collected)
             _log(parts, state.metrics, state.step)
-            if _due(state.step, config.trainer.save_every, config):
+            if last or _due(state, config.trainer.save_every):
                 _save(parts, state, config)
     if parts.finish is not None:
         parts.finish(Path(config.run_dir))
@@ -96,8 +99,19 @@ def check_on_policy(metrics: dict[str, Any], dtype: str) -> None:
         )
 
 
-def _due(step: int, every: int | None, config: Config) -> bool:
-    return step == config.trainer.steps or bool(every and step % every == 0)
+def finished(parts: Parts, state: State, config: Config) -> bool:
+    """Whether the budget (steps, generated decisions or seconds) is used; equal on every rank."""
+    settings = config.trainer
+    enough = state.seconds >= (settings.max_seconds or math.inf)
+    return (
+        state.step >= settings.steps
+        or state.decisions >= (settings.max_decisions or math.inf)
+        or (settings.max_seconds is not None and any_rank(parts.collective, enough))
+    )
+
+
+def _due(state: State, every: int | None) -> bool:
+    return bool(every and state.step % every == 0)
 
 
 def _save(parts: Parts, state: State, config: Config) -> None:
@@ -124,9 +138,8 @@ def _evaluate(parts: Parts, state: State) -> dict[str, float]:
     return metrics
 
 
-def _write_samples(parts: Parts, state: State, config: Config, collected: Collected) -> None:
-    every = config.eval.every
-    if parts.write_samples is not None and (state.step == 1 or _due(state.step, every, config)):
+def _write_samples(parts: Parts, state: State, collected: Collected) -> None:
+    if parts.write_samples is not None:
         rewards, advantage = collected.trajectories.rewards, collected.trajectories.advantage
         parts.write_samples(state.step, collected.samples, rewards, advantage)
 

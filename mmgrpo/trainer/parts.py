@@ -173,12 +173,16 @@ class State:
         step: training steps done.
         updates: optimiser steps done; also the version of the weights.
         draws: batches of prompts drawn.
+        decisions: generated so far.
+        seconds: that the steps took.
         metrics: of the last step.
     """
 
     step: int = 0
     updates: int = 0
     draws: int = 0
+    decisions: float = 0.0
+    seconds: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
 
 

@@ -43,6 +43,8 @@ def train_step(parts: Parts, state: State, config: Config) -> Collected:
     update(parts, trajectories, state, config, report)
     state.step += 1
     state.metrics = {"step": state.step, **report.finish(parts.collective)}
+    state.decisions += state.metrics["count/generated_decisions"]
+    state.seconds += state.metrics["time/step_s"]
     return Collected(trajectories, collected.samples)
 
 
@@ -61,6 +63,7 @@ def collect(parts: Parts, state: State, config: Config, report: Report) -> Colle
     if len(rounds) > 1:
         merged = choose_groups(merged, spread, size, parts.collective)
     report.rewards(parts.method, merged.trajectories)
+    report.mismatch(merged.trajectories, parts.collective)
     return merged
 
 

@@ -192,11 +192,13 @@ def test_the_surface_is_this():
         "train": {"config", "overrides", "--dry-run"},
         "eval": {"config", "overrides", "--checkpoint"},
         "sample": {"config", "overrides", "--checkpoint", "--out"},
+        "serve": {"config", "overrides", "--dry-run"},
         "methods": {"method_id", "--json"},
         "build": {"task", "--out", "--seed"},
         "quickstart": {"overrides"},
         "compare": {
-            "methods", "--task", "--seeds", "--steps", "--set", "--all", "--jobs", "--out",
+            "methods", "--task", "--seeds", "--steps", "--decisions", "--seconds", "--set", "--all",
+            "--published", "--jobs", "--out", "--write",
         },
     }  # fmt: skip
 

@@ -2,21 +2,30 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
 from mmgrpo.cli.main import main
-from mmgrpo.compare import Contest, execute, parse_entry, run_contest, summarise
-from mmgrpo.compare.measure import from_metrics, from_trajectories, pass_at_all
-from mmgrpo.compare.page import markdown, mean_curve, write_page
-from mmgrpo.compare.summary import Interval, interval
+from mmgrpo.compare import Budget, Contest, execute, parse_entry, run_contest, summarise
+from mmgrpo.compare.contest import Entry, task_modality, tasks
+from mmgrpo.compare.measure import diversity, from_metrics, from_trajectories, pass_at_all
+from mmgrpo.compare.page import insert, markdown, mean_curve, write_page
+from mmgrpo.compare.settings import Settings, read_settings
+from mmgrpo.compare.summary import Interval, Summary, interval
 from mmgrpo.core import Trajectories
 from mmgrpo.errors import ConfigError, MmgrpoError
+from mmgrpo.protocols import Prompt, Sample
+
+TWO_STEPS = Budget(steps=2)
 
 
-def contest(out, *texts, seeds=2, budget=("trainer.steps=2",)):
+def contest(out, *texts, seeds=2, budget=TWO_STEPS):
     return Contest("text", tuple(parse_entry(text, "text") for text in texts), seeds, budget, out)
 
 
@@ -69,7 +78,7 @@ def test_the_best_comes_first_and_the_page_stands_alone(tmp_path):
     rows = summarise(both)
     assert [row.entry.method for row in rows] == ["dapo", "grpo"]
     assert rows[1].measures["success/last"].mean == pytest.approx(0.6)
-    assert "| dapo advantage.scale=none | 0.95 ± " in markdown(rows)
+    assert "| dapo advantage.scale=none | - | 0.95 ± " in markdown(rows)
     assert mean_curve(both, both.entries[0], "eval/success") == [(0.0, 0.4), (2.0, 0.6)]
     page = write_page(both, rows).read_text()
     assert "<svg" in page
@@ -141,3 +150,87 @@ def test_kl_from_start_is_the_mean_log_ratio_of_own_samples():
     measures = from_trajectories(trajectories, start)
     assert measures["kl_from_start"] == pytest.approx((1.0 + 0.2) / 2)
     assert measures["length"] == 1.5
+
+
+# -- budgets, settings, the table ---------------------------------------------------------------
+
+
+def test_a_budget_is_one_limit_and_ends_the_run():
+    assert Budget().overrides() == []
+    assert Budget(steps=7).overrides() == ["trainer.steps=7"]
+    steps, decisions = Budget(decisions=500).overrides()
+    assert decisions == "trainer.max_decisions=500"
+    assert int(steps.partition("=")[2]) >= 1_000_000
+    assert Budget(seconds=2.5).overrides()[1] == "trainer.max_seconds=2.5"
+    with pytest.raises(ConfigError, match="one"):
+        Budget(steps=7, seconds=1.0).overrides()
+
+
+def test_curves_are_drawn_over_what_the_budget_counts(tmp_path):
+    one = contest(tmp_path, "grpo", budget=Budget(decisions=100))
+    for seed, spent in enumerate((10, 30)):
+        folder = one.run_dir(one.entries[0], seed)
+        folder.mkdir(parents=True)
+        rows = [{"step": 0, "eval/success": 0.4}] + [
+            {"step": step, "eval/success": 0.5, "count/generated_decisions": spent}
+            for step in (1, 2)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert mean_curve(one, one.entries[0], "eval/success") == [(0, 0.4), (20, 0.5), (40, 0.5)]
+
+
+def test_what_a_preset_needs_at_this_scale_is_set_and_said(tmp_path, monkeypatch):
+    known = {"grpo": Settings(("trainer.learning_rate=1e-4",), "small model")}
+    monkeypatch.setattr("mmgrpo.compare.contest.read_settings", lambda task: known)
+    assert parse_entry("grpo", "text", published=True).settings == Settings()
+    assert contest(tmp_path, "dapo").entries[0].settings == Settings()
+    both = contest(tmp_path, "grpo", "grpo trainer.learning_rate=3e-4")
+    rates = [both.config(entry, 0).trainer.learning_rate for entry in both.entries]
+    assert rates == [1e-4, 3e-4]
+    rows = [Summary(both.entries[0], {})]
+    assert "- grpo: trainer.learning_rate=1e-4; small model" in markdown(rows)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "learned"), [(0.4, 0.55, True), (0.85, 0.9, True), (0.4, 0.5, False)]
+)
+def test_learned_is_a_gain_or_a_high_level(first, last, learned):
+    measures = {
+        "success/first": Interval(first, math.nan),
+        "success/last": Interval(last, math.nan),
+    }
+    assert Summary(Entry("grpo"), measures).learned is learned
+
+
+def test_the_table_replaces_the_task_s_earlier_one(tmp_path):
+    one = contest(tmp_path, "grpo")
+    page = tmp_path / "docs" / "methods.md"
+    rows = [Summary(Entry("grpo"), {"success/last": Interval(0.5, math.nan)})]
+    insert(page, one, rows)
+    insert(page, replace(one, task="image"), rows)
+    later = [Summary(Entry("dapo"), {"success/last": Interval(0.75, math.nan)})]
+    insert(page, one, later)
+    text = page.read_text()
+    assert text.count("begin text") == text.count("begin image") == 1
+    assert "| dapo | - | 0.75 |" in text
+    assert text.count("| grpo | - | 0.5 |") == 1
+    assert text.index("begin text") < text.index("begin image")
+
+
+def test_diversity_is_the_root_mean_square_difference_of_pairs():
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
+    samples = [Sample(Prompt(0, "p"), image=Image.fromarray(p)) for p in pictures]
+    x = pictures / 255
+    pairs = [((x[a] - x[b]) ** 2).mean() for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert diversity(samples) == pytest.approx(math.sqrt(np.mean(pairs)))
+    assert math.isnan(diversity(samples[:1]))
+
+
+def test_every_task_has_valid_settings():
+    assert {"text", "vision", "image"} <= set(tasks())
+    for task in tasks():
+        for method in read_settings(task):
+            entry = parse_entry(method, task)
+            Contest(task, (entry,), 1, Budget(steps=1), Path("unused")).check()
+    assert task_modality("image") == "image"

@@ -122,7 +122,7 @@ def test_the_comparison_sees_a_local_denominator(policies, models, tmp_path, mon
     method = parts.method
 
     class Local:
-        request = method.request
+        request, needs = method.request, method.needs
 
         def loss(self, log_prob, micro, *, evaluation, total):
             return loss(log_prob, micro, evaluation=evaluation)

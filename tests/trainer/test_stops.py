@@ -257,3 +257,23 @@ def test_control_c_of_two_processes(models, tmp_path):
     assert f"interrupted after step {last}" in err, out + err
     saved = Path(tmp_path / "run" / "checkpoints" / f"step_{last:06d}")
     assert {p.name for p in saved.glob("random_*.json")} == {"random_0.json", "random_1.json"}
+
+
+# -- budgets ------------------------------------------------------------------------------------
+
+
+def test_a_budget_of_decisions_ends_the_run_and_more_continues_it(models, tmp_path, whole):
+    spent = [row["count/generated_decisions"] for row in metrics_of(whole)]
+    run_dir = tmp_path / "run"
+    limited = text(models, run_dir, trainer={"max_decisions": int(spent[0]) + 1})
+    build.train(load_config(limited))
+    assert [row["step"] for row in metrics_of(run_dir)] == [1, 2]
+    assert (run_dir / "checkpoints" / "step_000002").is_dir()
+    build.train(load_config(text(models, run_dir)))
+    same(whole, run_dir)
+
+
+def test_a_budget_of_seconds_ends_the_run_after_a_step(models, tmp_path):
+    run_dir = tmp_path / "run"
+    build.train(load_config(text(models, run_dir, trainer={"max_seconds": 1e-9})))
+    assert [row["step"] for row in metrics_of(run_dir)] == [1]
