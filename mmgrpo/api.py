@@ -13,6 +13,7 @@ from mmgrpo.config.modalities import MODALITIES
 from mmgrpo.data import rows_to_prompts
 from mmgrpo.errors import ConfigError, ModelError, nearest
 from mmgrpo.protocols import Policy, Prompt
+from mmgrpo.registry import load_target
 from mmgrpo.scoring import load_rewards
 
 MEMORY = "<in memory>"
@@ -123,14 +124,18 @@ def place_options(document: dict[str, Any], options: Mapping[str, Any]) -> None:
 
 
 def infer_modality(folder: Path) -> str:
-    """Tell from a model folder whether it is a text, a vision or an image model."""
-    if (folder / "model_index.json").is_file():
-        return "image"
+    """Tell from a model folder whether it is a text, vision, image or video model."""
+    index = folder / "model_index.json"
+    if index.is_file():
+        family = load_target("mmgrpo.policies.flow_families:family_class")
+        return str(family(json.loads(index.read_text())["_class_name"]).modality)
+    if (folder / "image_tokens.json").is_file():
+        return "image_tokens"
     config = folder / "config.json"
     if not config.is_file():
         raise ModelError(
             f"{folder} is not a model folder: it has neither config.json nor model_index.json "
-            "(for a hub id, pass modality='text', 'vision' or 'image')."
+            "(for a hub id, pass modality='text', 'vision', 'image' or 'video')."
         )
     return "vision" if "vision_config" in json.loads(config.read_text()) else "text"
 

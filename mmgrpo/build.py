@@ -5,7 +5,7 @@ Everything that can be wrong is looked at before anything is written.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from mmgrpo.config import Config, dump_config
 from mmgrpo.config.schema import Reward
 from mmgrpo.core.collective import LOCAL
+from mmgrpo.core.entropy_control import EntropyControl
 from mmgrpo.data import PromptSource, check_columns, read_prompts
 from mmgrpo.errors import ConfigError, ModelError
 from mmgrpo.methods import Method, load_method
@@ -27,12 +28,16 @@ from mmgrpo.plan import (
     describe,
 )
 from mmgrpo.policies.adapters import Ema, trainable_parameters
+from mmgrpo.policies.checkpoint_bank import CheckpointBank
+from mmgrpo.policies.perturbed import PerturbationPayload, PerturbedPolicy
 from mmgrpo.protocols import Policy, Prompt, Tracker
 from mmgrpo.registry import resolve
+from mmgrpo.rollout.perturbed import PerturbedEngine
 from mmgrpo.scoring import NamedReward, RewardRunner, check_modality, load_rewards
 from mmgrpo.tracking import Console, JsonlTracker, write_samples, write_summary
 from mmgrpo.trainer.distributed import EvaluationModule, make_accelerator, make_collective
 from mmgrpo.trainer.evaluate import evaluate as run_evaluation
+from mmgrpo.trainer.history import RewardHistory
 from mmgrpo.trainer.loop import fit
 from mmgrpo.trainer.optim import Optimizer
 from mmgrpo.trainer.parts import Evaluator, Parts
@@ -131,13 +136,18 @@ def assemble(
     rewards = make_rewards(config) if rewards is None else rewards
     scorer = make_scorer(rewards, config, prompts)
     policy = make_policy(config, method) if policy is None else policy
-    check_reference(policy, method)
     policy.network.to(accelerator.device)
+    keep_reference(policy, method, config)
+    check_reference(policy, method)
     engine = modality_of(config).engine(policy, config, method, "train")
     policy.check(prompts, room=engine.room)
     greedy = None
     if "baseline_reward" in method.needs:
         greedy = modality_of(config).engine(policy, config, method, "greedy")
+    evaluator = make_evaluator(config, policy, method, rewards, eval_prompts)
+    if method.rollout.perturbation is not None:
+        policy = PerturbedPolicy(policy, method.rollout.perturbation)
+        engine = PerturbedEngine(engine, policy, PerturbationPayload)
     return Parts(
         policy=policy,
         method=bind_method(method, config, scorer),
@@ -153,10 +163,14 @@ def assemble(
             weight_decay=config.trainer.weight_decay,
         ),
         greedy_engine=greedy,
-        evaluator=make_evaluator(config, policy, method, rewards, eval_prompts),
+        evaluator=evaluator,
         ema=None
         if config.trainer.ema_decay is None
         else Ema(policy.network, config.trainer.ema_decay),
+        history=make_history(method),
+        old=Ema(policy.network, method.rollout.old.decay) if method.rollout.old.averaged else None,
+        entropy_control=make_entropy_control(method),
+        old_samples=method.rollout.old.averaged and method.rollout.old.samples,
     )
 
 
@@ -214,11 +228,34 @@ def _specs(rewards: list[Reward]) -> list[dict[str, Any]]:
 
 def make_policy(config: Config, method: Method, folder: str | None = None) -> Policy:
     """Load the model that trains, with the reference its method needs and no other."""
-    needed = bool(method.needs & REFERENCE_NEEDS)
+    needed = bool(method.needs & REFERENCE_NEEDS) and method.reference.kind == "run"
     reference = config.model.reference if needed else "none"
     modality = modality_of(config)
     silence(modality.libraries)
     return modality.policy(config, folder or config.model.path, reference)
+
+
+def make_entropy_control(method: Method) -> EntropyControl | None:
+    """What holds entropies at targets, where the method has some."""
+    options = method.regulariser.entropy_control
+    return EntropyControl(**asdict(options)) if options.targets else None
+
+
+def keep_reference(policy: Policy, method: Method, config: Config) -> None:
+    """Exchange the policy's reference where the method decides what it is."""
+    options = method.reference
+    if options.kind == "bank":
+        policy.reference_weights = CheckpointBank(
+            policy.network, size=options.size, every=options.every, seed=config.seed
+        )
+
+
+def make_history(method: Method) -> RewardHistory | None:
+    """The memory of earlier rewards, if the method reads it."""
+    options = method.advantage
+    if not options.reads_history:
+        return None
+    return RewardHistory(size=options.history_size, enough=options.history_min)
 
 
 def load_policy(config: Config, method: Method, checkpoint: str | Path) -> Policy:

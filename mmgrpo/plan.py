@@ -8,7 +8,16 @@ from typing import Any
 
 from mmgrpo.config import Config
 from mmgrpo.config.flow_schema import ImageRollout
-from mmgrpo.errors import ConfigError, DataError, MethodError, MissingExtraError
+from mmgrpo.config.image_layout import read_layout
+from mmgrpo.config.token_schema import ImageTokensModel
+from mmgrpo.errors import (
+    ConfigError,
+    DataError,
+    MethodError,
+    MissingExtraError,
+    ModelError,
+    nearest,
+)
 from mmgrpo.methods import Method
 from mmgrpo.protocols import Policy, Prompt
 
@@ -70,16 +79,24 @@ def _check_division(config: Config, world: int) -> None:
 
 
 def check_prompts(prompts: list[Prompt], config: Config) -> None:
-    """Refuse a step that wants more prompts than there are.
+    """Refuse a step that wants more prompts than there are, and rows without a wanted image.
 
     Raises:
-        DataError: names the data and both numbers.
+        DataError: names the data and both numbers, or the row and the column.
     """
     if len(prompts) < config.rollout.prompts_per_step:
         raise DataError(
             f"{config.data.train}: {len(prompts)} rows, and rollout.prompts_per_step asks for "
             f"{config.rollout.prompts_per_step} different prompts."
         )
+    for key in ("preferred_column", "rejected_column"):
+        column: str | None = getattr(config.data, key, None)
+        for prompt in prompts:
+            if column is not None and prompt.columns.get(column) is None:
+                raise DataError(
+                    f"{prompt.place}: data.{key} is '{column}', and the row has no such image"
+                    f"{nearest(column, prompt.columns)}"
+                )
 
 
 def check_trackers(config: Config) -> None:
@@ -123,7 +140,7 @@ def cost(config: Config, method: Method) -> dict[str, str]:
     """Upper bounds of the work of a run, by name."""
     rollout, settings = config.rollout, config.trainer
     samples = rollout.group_size * rollout.prompts_per_step
-    decisions = samples * decisions_per_sample(config)
+    decisions = samples * decisions_per_sample(config, method)
     updates = settings.epochs * settings.minibatches
     batch = -(-rollout.prompts_per_step // settings.minibatches) * rollout.group_size
     micro = min(settings.micro_batch_size or batch, batch)
@@ -131,20 +148,31 @@ def cost(config: Config, method: Method) -> dict[str, str]:
     rounds = method.sampler.max_rounds if method.sampler.valid_fraction else 1
     return {
         "per step": f"{samples} samples ({rollout.prompts_per_step} prompts x "
-        f"{rollout.group_size}), at most {decisions:,} decisions"
+        f"{rollout.group_size}), {_at_most(decisions)}"
         + (f", up to {rounds} rounds of sampling" if rounds > 1 else ""),
         "update": f"{updates} optimiser step(s), {backwards} backward pass(es) of at most "
         f"{micro} samples" + (", and a reference pass" if method.needs & REFERENCE_NEEDS else ""),
-        "total": f"{settings.steps} steps, {settings.steps * samples:,} samples, at most "
-        f"{settings.steps * decisions:,} decisions, {evaluations(config)} evaluation(s)",
+        "total": f"{settings.steps} steps, {settings.steps * samples:,} samples, "
+        f"{_at_most(settings.steps * decisions)}, {evaluations(config)} evaluation(s)",
         "weights": weights(config),
     }
 
 
-def decisions_per_sample(config: Config) -> int:
-    """Tokens, or denoising steps, of one sample at most."""
+def decisions_per_sample(config: Config, method: Method) -> int:
+    """Tokens, steps or draws of one sample at most; 0 where only the model's folder knows."""
     rollout: Any = config.rollout
+    if method.rollout.matching.on:
+        return method.rollout.matching.count(rollout.num_steps)
+    if isinstance(config.model, ImageTokensModel):
+        try:
+            return read_layout(config.model.path).with_plan(config.model.plan_tokens).room
+        except ModelError:
+            return 0
     return int(getattr(rollout, "max_new_tokens", None) or rollout.num_steps)
+
+
+def _at_most(decisions: int) -> str:
+    return f"at most {decisions:,} decisions" if decisions else "decisions as the model says"
 
 
 def evaluations(config: Config) -> int:

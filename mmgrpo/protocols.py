@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,8 @@ class Prompt:
         content: plain text, or chat messages in the Hugging Face format.
         images: the prompt's images, in the order in which the content refers to them; decoded
             when indexed, so a large data set costs its compressed bytes only. With images, the
-            content is always chat messages with exactly one ``{"type": "image"}`` part for each.
+            content is chat messages with exactly one ``{"type": "image"}`` part for each; but an
+            editing model has plain text beside the image.
         columns: every other column of the row; the rewards receive them.
         source: where the row stands (``file:line``), for error messages.
     """
@@ -50,7 +51,9 @@ class Sample:
 
     One of ``completion`` (text), ``image`` and ``video`` (frames in order) is set; an image that
     the model planned in words first has the plan as its ``completion``. ``length`` is the number of
-    sampled tokens, for rewards that look at it.
+    sampled tokens, for rewards that look at it. ``self_answers`` are what the model says of its own
+    image, one answer to each of the prompt's questions, where it was asked. ``mismatch`` describes the tokens about which a
+    separate engine and the policy disagree most.
     """
 
     prompt: Prompt
@@ -59,6 +62,8 @@ class Sample:
     video: Sequence[Image] | None = None
     truncated: bool = False
     length: int | None = None
+    mismatch: Sequence[dict[str, Any]] = ()
+    self_answers: Sequence[str] | None = None
 
 
 @dataclass
@@ -111,7 +116,8 @@ class Request:
     Attributes:
         entropy: fill ``Evaluation.entropy``.
         divergence: kind of divergence (``exact``, ``code``, ``velocity``, ``mean``) or None.
-        divergence_target: ``ref`` or ``old``: which stored prediction it is measured from.
+        divergence_target: ``ref``, ``old`` or ``best``: which stored prediction it is measured
+            from.
         prediction: fill ``Evaluation.prediction``.
     """
 
@@ -135,6 +141,8 @@ class Policy(Protocol):
     """Network calls made so far, for the cost account."""
     reference_weights: Weights
     """The reference's own tensors, for the checkpoint."""
+    ratio_tolerance: Mapping[str, float]
+    """Dtype -> largest ratio - 1 before an update that rounding explains."""
 
     def check(self, prompts: Sequence[Prompt], *, room: int) -> None:
         """Raise DataError for a prompt that cannot be used. ``room``: decisions it must leave."""

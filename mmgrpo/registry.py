@@ -23,12 +23,15 @@ COMPONENTS: dict[str, dict[str, str]] = {
     "shaping": {
         "clip": _CORE + "shaping:clip",
         "scale": _CORE + "shaping:scale",
+        "rank_graph": _CORE + "ranking:rank_graph",
+        "win_rate": _CORE + "shaping:win_rate",
     },
     "filter": {
         "uniform_groups": _CORE + "filters:uniform_groups",
         "truncated": _CORE + "filters:truncated",
         "zero_advantage": _CORE + "filters:zero_advantage",
         "prune_leaves": _CORE + "filters:prune_leaves",
+        "prune_steps": _CORE + "filters:prune_steps",
     },
     "baseline": {
         "none": _CORE + "advantages:no_baseline",
@@ -36,6 +39,8 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "leave_one_out": _CORE + "advantages:leave_one_out_baseline",
         "length_weighted": _CORE + "advantages:length_weighted_baseline",
         "greedy": _CORE + "advantages:greedy_baseline",
+        "history": _CORE + "advantages:history_baseline",
+        "stratum": _CORE + "strata:stratum_baseline",
     },
     "scale": {
         "none": _CORE + "advantages:no_scale",
@@ -43,11 +48,14 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "batch": _CORE + "advantages:batch_scale",
         "batch_centred": _CORE + "advantages:batch_centred_scale",
         "mean": _CORE + "advantages:mean_scale",
+        "history": _CORE + "advantages:history_scale",
+        "stratum": _CORE + "strata:stratum_scale",
     },
     "credit": {
         "uniform": _CORE + "credit:uniform",
         "reward_to_go": _CORE + "credit:reward_to_go",
         "depthwise": _CORE + "credit:depthwise",
+        "node_sum": _CORE + "credit:node_sum",
         "step_std": _CORE + "credit:step_std",
         "inverse_step_length": _CORE + "credit:inverse_step_length",
     },
@@ -67,6 +75,12 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "reinforce": _CORE + "objectives:reinforce",
         "log_policy_gradient": _CORE + "objectives:log_policy_gradient",
         "weighted_policy_gradient": _CORE + "objectives:weighted_policy_gradient",
+        "preference": _CORE + "preference_objectives:preference",
+        "step_preference": _CORE + "preference_objectives:step_preference",
+        "semi_preference": _CORE + "preference_objectives:semi_preference",
+        "negative_aware": _CORE + "matching_objectives:negative_aware",
+        "group_preference": _CORE + "matching_objectives:group_preference",
+        "centred_reward": _CORE + "matching_objectives:centred_reward",
     },
     "aggregate": {
         "sequence_mean_token_mean": _CORE + "aggregation:sequence_mean_token_mean",
@@ -79,6 +93,13 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "truncated": _CORE + "corrections:truncated",
         "masked": _CORE + "corrections:masked",
         "geometric_rejection": _CORE + "corrections:geometric_rejection",
+    },
+    "pairs": {
+        "none": _CORE + "pairs:none",
+        "given": _CORE + "pairs:given",
+        "best_worst": _CORE + "pairs:best_worst",
+        "top_bottom": _CORE + "pairs:top_bottom",
+        "dominance": _CORE + "pairs:dominance",
     },
     "estimator": {
         "k1": _CORE + "divergence:k1",
@@ -101,6 +122,8 @@ MODALITIES: dict[str, str] = {
     "text": "mmgrpo.modalities.tokens:TEXT",
     "vision": "mmgrpo.modalities.tokens:VISION",
     "image": "mmgrpo.modalities.flow:IMAGE",
+    "video": "mmgrpo.modalities.flow:VIDEO",
+    "image_tokens": "mmgrpo.modalities.image_tokens:IMAGE_TOKENS",
 }
 """Modalities: name -> target. The configuration's schema has a class for each."""
 

@@ -73,7 +73,7 @@ class ClassifierScore:
         if not scored:
             return scores
         target = torch.tensor([self._checked(labels[number]) for number in scored])
-        probability = self._probabilities([images[number] for number in scored])
+        probability = self.probabilities([images[number] for number in scored])
         of_right = probability.gather(2, target[:, :, None]).squeeze(2)
         values = self.reduce(of_right, probability.argmax(dim=2) == target)
         for number, value in zip(scored, values.tolist(), strict=True):
@@ -90,8 +90,8 @@ class ClassifierScore:
         return labels
 
     @torch.inference_mode()
-    def _probabilities(self, images: list[Image.Image]) -> Tensor:
-        """``[B, cells, classes]`` float32 on the CPU."""
+    def probabilities(self, images: list[Image.Image]) -> Tensor:
+        """Return ``[B, cells, classes]`` float32 on the CPU."""
         processor, model = self._model
         cells = [cell for image in images for cell in self._cells(image)]
         parts = []

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
-from typing import Any, TypeGuard
+from typing import Any
 
 from PIL import Image
 
-from mmgrpo.errors import ConfigError
-
-from .judge_endpoint import JudgeEndpoint, JudgeFailure, read_object
-from .text import text_of
+from .judge_endpoint import JudgeEndpoint
+from .judge_marks import JudgeMarks
 
 QUESTION = """\
 This picture was generated for the prompt: {prompt}
@@ -60,39 +56,14 @@ class ImageJudge:
         concurrency: int = 16,
         check: bool = True,
     ) -> None:
-        self.worst, self.best = (float(mark) for mark in scale)
-        if not self.worst < self.best:
-            raise ConfigError(f"image_judge: scale must go from low to high; got {list(scale)}.")
-        if "{prompt}" not in question:
-            raise ConfigError("image_judge: the question must contain {prompt}.")
-        self.question = question
-        self.endpoint = JudgeEndpoint(
+        endpoint = JudgeEndpoint(
             "image_judge", url, model, api_key_env=api_key_env, timeout_s=timeout_s,
             retries=retries, wait_s=wait_s, concurrency=concurrency, max_tokens=512, check=check,
         )  # fmt: skip
+        self.marks = JudgeMarks("image_judge", endpoint, question, scale)
 
     async def __call__(
         self, images: list[Image.Image], prompts: list[Any], **_columns: Any
     ) -> list[float | None]:
         """Score each picture; see the class."""
-        marks = [
-            self._mark(image, self.question.replace("{prompt}", text_of(prompt)))
-            for image, prompt in zip(images, prompts, strict=True)
-        ]
-        return list(await asyncio.gather(*marks))
-
-    async def _mark(self, image: Image.Image, question: str) -> float:
-        answer = ""
-        for _ in range(self.endpoint.retries + 1):
-            answer = await self.endpoint.ask(question, [image])
-            mark = (read_object(answer) or {}).get("score")
-            if _is_number(mark) and self.worst <= mark <= self.best:
-                return (mark - self.worst) / (self.best - self.worst)
-        raise JudgeFailure(
-            f'expected {{"score": N}} with N from {self.worst:g} to {self.best:g}; '
-            f"the judge answered {answer[:200]!r}"
-        )
-
-
-def _is_number(mark: Any) -> TypeGuard[float]:
-    return isinstance(mark, int | float) and not isinstance(mark, bool) and math.isfinite(mark)
+        return list(await self.marks([[image] for image in images], prompts))

@@ -36,16 +36,19 @@ class ImageOcr:
 
         whole       1 - edits / max(len(read), len(asked))
         contained   1 - edits to the best matching part of what is read / len(asked)
+        edit        1 - min(edits, len(asked)) / len(asked), without edits if it is part of it
+        substring   1 if what was asked for is part of what is read, else 0
+        exact       1 if they are equal, else 0
 
-    Range [0, 1], higher is better; a picture in which nothing is read scores 0. ``contained``
-    forgives other text in the picture, and so can be gamed by much of it. A row whose ``text`` is
-    null scores None; a prompt without quotation where there is no column raises ValueError, and a
-    tesseract that fails or exceeds its time raises too. Costs 0.1 to 0.5 s per picture and core.
-    Tesseract is Apache-2.0. The text reward of Flow-GRPO (arXiv 2505.05470) is ``contained`` for
-    exact matches and close to ``whole`` else, with another reader.
+    Range [0, 1], higher is better; a picture in which nothing is read scores 0. ``contained``,
+    ``edit`` and ``substring`` forgive other text in the picture, and so can be gamed by much of it;
+    ``edit`` is the text reward of Flow-GRPO (arXiv 2505.05470), with another reader. A row whose
+    ``text`` is null scores None; a prompt without quotation where there is no column raises
+    ValueError, and a tesseract that fails or exceeds its time raises too. Costs 0.1 to 0.5 s per
+    picture and core. Tesseract is Apache-2.0.
 
     Args:
-        match: ``whole`` or ``contained``.
+        match: ``whole``, ``contained``, ``edit``, ``substring`` or ``exact``.
         language: tesseract's language codes, such as ``eng`` or ``eng+deu``.
         layout: tesseract's page segmentation mode: 6 one block, 7 one line, 11 scattered text.
         case_sensitive: keep case.
@@ -157,6 +160,12 @@ def contained_similarity(read: str, asked: str) -> float:
     return 1.0 - min(_edits(asked, read, free_start=True)) / len(asked)
 
 
+def edit_similarity(read: str, asked: str) -> float:
+    """Flow-GRPO's: the same for all of ``read``, 1 where ``asked`` is in it, and never below 0."""
+    edits = 0 if asked in read else _edits(read, asked)[-1]
+    return 1.0 - min(edits, len(asked)) / len(asked)
+
+
 def _edits(rows: str, columns: str, *, free_start: bool = False) -> list[int]:
     """The Levenshtein distances of ``rows`` to every beginning of ``columns``.
 
@@ -176,6 +185,9 @@ def _edits(rows: str, columns: str, *, free_start: bool = False) -> list[int]:
 SIMILARITIES: Mapping[str, Callable[[str, str], float]] = {
     "whole": whole_similarity,
     "contained": contained_similarity,
+    "edit": edit_similarity,
+    "substring": lambda read, asked: float(asked in read),
+    "exact": lambda read, asked: float(read == asked),
 }
 """From what was read and what was asked for, to a score."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,36 +9,8 @@ from PIL import Image
 
 from mmgrpo.errors import ConfigError, nearest
 
-from .shape_finding import COLOURS, SHAPES, Shape, check_scipy, find_shapes
-
-REDUCTIONS: Mapping[str, Callable[[Sequence[bool]], float]] = {
-    "share": lambda met: sum(met) / len(met),
-    "all": lambda met: float(all(met)),
-}
-"""From which conditions are met to the score."""
-
-RELATIONS: Mapping[str, Callable[[Shape, tuple[float, float], float], bool]] = {
-    "left of": lambda shape, other, margin: shape.x < other[0] - margin,
-    "right of": lambda shape, other, margin: shape.x > other[0] + margin,
-    "above": lambda shape, other, margin: shape.y < other[1] - margin,
-    "below": lambda shape, other, margin: shape.y > other[1] + margin,
-}
-"""Whether a shape's centre stands so to the other one's, by more than the margin (pixels)."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """One entry of the column ``include`` or ``exclude``, checked."""
-
-    shape: str
-    count: int
-    colour: str | None
-    relation: str | None
-    other: int | None
-
-    def matches(self, shapes: Sequence[Shape]) -> list[Shape]:
-        """The shapes of this kind, and of this colour where one is given."""
-        return [s for s in shapes if s.name == self.shape and self.colour in (None, s.colour)]
+from .scene_rules import REDUCTIONS, ExactRules, Thing, conditions, read_specification
+from .shape_finding import COLOURS, SHAPES, check_scipy, find_shapes
 
 
 class ImageShapes:
@@ -109,63 +79,9 @@ class ImageShapes:
         ]
 
     def _score(self, image: Image.Image, include: list[Any], exclude: list[Any]) -> float:
-        wanted = [_checked(entry, len(include)) for entry in include]
-        unwanted = [_checked(entry, len(include)) for entry in exclude]
-        if not wanted and not unwanted:
-            raise ValueError("include is empty: there is no condition to meet")
+        wanted = read_specification(include, exclude, SHAPES, COLOURS)
         pixels = np.asarray(image.convert("RGB"))
-        shapes = find_shapes(pixels, min_area=self.min_area, colour_distance=self.colour_distance)
-        met = [
-            condition
-            for entry in wanted
-            for condition in self._conditions(entry, wanted, shapes, image.size)
-        ]
-        met += [len(entry.matches(shapes)) < entry.count for entry in unwanted]
-        return self.reduce(met)
-
-    def _conditions(
-        self,
-        entry: Wanted,
-        entries: Sequence[Wanted],
-        shapes: Sequence[Shape],
-        size: tuple[int, int],
-    ) -> list[bool]:
-        found = entry.matches(shapes)
-        met = [any(s.name == entry.shape for s in shapes), len(found) == entry.count]
-        if entry.colour is not None:
-            met.append(bool(found))
-        if entry.relation is not None:
-            others = [(size[0] / 2, size[1] / 2)]
-            if entry.other is not None:
-                others = [(s.x, s.y) for s in entries[entry.other].matches(shapes)]
-            stands, margin = RELATIONS[entry.relation], self.margin * max(size)
-            right = [s for s in found if any(stands(s, other, margin) for other in others)]
-            met.append(len(right) >= entry.count)
-        return met
-
-
-def _checked(entry: Any, entries: int) -> Wanted:
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"an entry of include must be an object; got {entry!r}")
-    # A table that was read from columns has every key in every entry, null where it was not given.
-    given = {key: value for key, value in entry.items() if value is not None}
-    for key in given:
-        if key not in ("class", "count", "color", "position"):
-            known = nearest(key, ("class", "count", "color", "position"))
-            raise ValueError(f"unknown key '{key}' in {dict(entry)}{known}")
-    colour = given.get("color")
-    relation, other = given.get("position", (None, None))
-    for what, name, known_names in (
-        ("class", given.get("class"), SHAPES),
-        ("color", colour, (None, *COLOURS)),
-        ("position", relation, (None, *RELATIONS)),
-    ):
-        if name not in known_names:
-            names = [known for known in known_names if known is not None]
-            raise ValueError(f"unknown {what} '{name}'{nearest(name or '', names)}")
-    count = given.get("count", 1)
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"count must be a positive integer; got {count!r} (use exclude for none)")
-    if other is not None and not (isinstance(other, int) and 0 <= other < entries):
-        raise ValueError(f"position must name one of the {entries} entries; got {other!r}")
-    return Wanted(given["class"], count, colour, relation, other)
+        found = find_shapes(pixels, min_area=self.min_area, colour_distance=self.colour_distance)
+        things = [Thing(s.name, s.colour, (s.x, s.y, s.x, s.y)) for s in found]
+        rules = ExactRules(self.margin * max(image.size))
+        return self.reduce(conditions(wanted, things, rules, image.size))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mmgrpo.errors import MissingExtraError
 
@@ -44,6 +45,8 @@ MAX_ASPECT = 1.25
 MAX_OUTLINE_DISTANCE = 0.2
 """Outlines further than this from all in the table belong to no shape."""
 SHAPES = (*OUTLINES, *ELONGATED.values())
+MIN_SIDE = 96
+"""Pixels to which smaller pictures are enlarged: outlines of few pixels are all alike."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,26 @@ def find_shapes(
         min_area: smaller areas, as a share of the picture, are no shapes.
         colour_distance: pixels further from every colour of the table belong to no shape.
     """
-    labels = _nearest_colour(pixels, colour_distance)
+    factor = max(1, math.ceil(MIN_SIDE / min(pixels.shape[:2])))
+    labels = _nearest_colour(_enlarged(pixels, factor), colour_distance)
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
     background = np.bincount(border, minlength=len(COLOURS) + 1).argmax()
-    return [
+    found = [
         _measure(*area, colour)
         for index, colour in enumerate(COLOURS)
         if index != background
-        for area in _areas(labels == index, min_area * labels.size)
+        for area in _areas(labels == index, min_area * labels.size, seam=factor)
     ]
+    return [
+        replace(s, x=s.x / factor, y=s.y / factor, area=round(s.area / factor**2)) for s in found
+    ]
+
+
+def _enlarged(pixels: np.ndarray[Any, Any], factor: int) -> np.ndarray[Any, Any]:
+    if factor <= 1:
+        return pixels
+    size = (pixels.shape[1] * factor, pixels.shape[0] * factor)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
 @functools.lru_cache(maxsize=4)
@@ -101,24 +115,44 @@ def _nearest_colour(pixels: np.ndarray[Any, Any], limit: float) -> np.ndarray[An
     return _colour_table(limit)[red, green, blue]
 
 
+def dominant_colour(
+    pixels: np.ndarray[Any, Any], inside: np.ndarray[Any, Any] | None, among: Sequence[str]
+) -> str | None:
+    """Return the named colour that is the nearest for most pixels; None without pixels.
+
+    Args:
+        pixels: ``[H, W, 3]`` RGB, 0 to 255.
+        inside: ``[H, W]`` bool, the pixels that count; all of them if None.
+        among: names of colours of the table; the first of two that are level wins.
+    """
+    step = max(1, min(pixels.shape[:2]) // 64)  # a sample of a large object is enough
+    pixels = pixels[::step, ::step]
+    chosen = pixels.reshape(-1, 3) if inside is None else pixels[inside[::step, ::step]]
+    if not len(chosen):
+        return None
+    known = np.array([COLOURS[name] for name in among], dtype=np.float32)
+    distance = np.linalg.norm(chosen[:, None].astype(np.float32) - known, axis=-1)
+    return among[int(np.bincount(distance.argmin(axis=1), minlength=len(among)).argmax())]
+
+
 def _areas(
-    mask: np.ndarray[Any, Any], smallest: float
+    mask: np.ndarray[Any, Any], smallest: float, *, seam: int
 ) -> Iterator[tuple[np.ndarray[Any, Any], int, int]]:
     """The connected areas that are large and not thin, each cut out, with its first row and column.
 
-    Areas without a 3 x 3 core are the seams between two colours, not shapes.
+    Areas without a core of more than the seam's width are the seams between two colours.
     """
     from scipy import ndimage
 
     if mask.sum() < smallest:
         return
-    square = np.ones((3, 3))
+    square, core = np.ones((3, 3)), max(1, round(0.75 * seam))
     labels, _ = ndimage.label(mask, structure=square)
     sizes = np.bincount(labels.ravel())
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         if sizes[number] >= smallest:
             area = labels[box] == number
-            if ndimage.binary_erosion(area, structure=square).any():
+            if ndimage.binary_erosion(area, structure=square, iterations=core).any():
                 yield area, box[0].start, box[1].start
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 from fixtures_flow import WORDS, sd3_pipeline
+from fixtures_image_tokens import save_parts, tiny_parts
 from fixtures_tokens import canvas, tiny_text, tiny_vision
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,7 @@ def write_models(folder):
     _write_text(folder / "text")
     _write_vision(folder / "vision")
     _write_image(folder / "image")
+    _write_image_tokens(folder / "image_tokens")
     return folder
 
 
@@ -59,6 +61,13 @@ def _write_image(folder):
     _write_rows(folder, [{"prompt": f"draw the number {word}"} for word in WORDS])
 
 
+def _write_image_tokens(folder):
+    folder.mkdir(parents=True)
+    save_parts(tiny_parts(), folder / "model")
+    questions = [["what", "x"], ["how many", "1"]]
+    _write_rows(folder, [{"prompt": f"draw {word}", "questions": questions} for word in WORDS])
+
+
 def _save(folder, model, tokenizer):
     folder.mkdir(parents=True)
     model.save_pretrained(folder / "model")
@@ -75,8 +84,14 @@ _ROLLOUTS = {
     "text": {"max_new_tokens": 6, "stop": _ENDINGS},
     "vision": {"max_new_tokens": 6, "stop": _ENDINGS},
     "image": {"num_steps": 4},
+    "image_tokens": {},
 }
-_REWARD = {"text": "spread", "vision": "spread", "image": "brightness"}
+_REWARD = {
+    "text": "spread",
+    "vision": "spread",
+    "image": "brightness",
+    "image_tokens": "brightness",
+}
 
 
 def document(models, modality, run_dir, **changes):

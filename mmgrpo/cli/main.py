@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mmgrpo import __version__
-from mmgrpo.cli import compare, listing, playground, quickstart, runs
+from mmgrpo.cli import compare, listing, playground, quickstart, runs, serve
 from mmgrpo.errors import MmgrpoError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("eval")(runs.evaluate)
 app.command()(runs.sample)
 app.command()(listing.methods)
 app.command()(compare.compare)
+app.command()(serve.serve)
 app.command()(playground.build)
 app.command()(quickstart.quickstart)
 

@@ -6,14 +6,25 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from mmgrpo.config.schema import Config, Eval, Model, Rollout
+from mmgrpo.config.schema import Config, Data, Eval, Model, Rollout
 
 
 class ImageModel(Model):
-    """A flow image pipeline."""
+    """A flow pipeline."""
 
     max_prompt_tokens: PositiveInt | None = None
     """Length of the T5 part of a prompt; null: the pipeline's own."""
+
+
+class ImageData(Data):
+    """The prompts, and images where somebody has stated which are preferred."""
+
+    image_column: str | None = None
+    """The image to edit, for an editing model."""
+    preferred_column: str | None = None
+    """Paths of preferred images, from the data's folder on; for methods with pairs: given."""
+    rejected_column: str | None = None
+    """Paths of rejected images; null: samples take their place."""
 
 
 class ImageRollout(Rollout):
@@ -38,10 +49,31 @@ class ImageEval(Eval):
     """null: as in the rollout."""
 
 
+class VideoRollout(ImageRollout):
+    """How videos are drawn."""
+
+    height: PositiveInt | None = 480
+    width: PositiveInt | None = 832
+    num_frames: PositiveInt | None = None
+    """A multiple of the model's compression in time, plus 1; null: the pipeline's own number."""
+    negative_prompt: str = ""
+    """What classifier-free guidance leads away from."""
+
+
 class ImageConfig(Config):
     """A run that trains a flow or diffusion image model."""
 
     modality: Literal["image"]
     model: ImageModel
+    data: ImageData
     rollout: ImageRollout = ImageRollout()
+    eval: ImageEval = ImageEval()
+
+
+class VideoConfig(Config):
+    """A run that trains a flow video model."""
+
+    modality: Literal["video"]
+    model: ImageModel
+    rollout: VideoRollout = VideoRollout()
     eval: ImageEval = ImageEval()

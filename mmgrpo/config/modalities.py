@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from mmgrpo.config.flow_schema import ImageConfig
+from mmgrpo.config.flow_schema import ImageConfig, VideoConfig
 from mmgrpo.config.schema import Config
-from mmgrpo.config.token_schema import TextConfig, VisionConfig
+from mmgrpo.config.token_schema import ImageTokensConfig, TextConfig, VisionConfig
 
 MODALITIES: dict[str, type[Config]] = {
     "text": TextConfig,
     "vision": VisionConfig,
     "image": ImageConfig,
+    "video": VideoConfig,
+    "image_tokens": ImageTokensConfig,
 }

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-from mmgrpo.config.schema import Config, Data, Eval, Model, Rollout, Share
+from mmgrpo.config.schema import Config, Data, Eval, Model, Rollout, Section, Share
 
 
 class TextModel(Model):
@@ -37,16 +45,46 @@ class VisionData(TextData):
     image_column: str = "images"
 
 
-class TextRollout(Rollout):
-    """How completions are drawn."""
+class Engine(Section):
+    """What samples the completions."""
 
-    max_new_tokens: PositiveInt = 512
+    name: Literal["native", "vllm"] = "native"
+    """native: the policy itself."""
+    url: str | None = None
+    """A server that `mmgrpo serve` started; null: vLLM in the trainer's process."""
+    folder: str | None = None
+    """Where the server finds the weights, on a disk that it sees; null: a temporary folder."""
+    options: dict[str, Any] = {}
+    """Further arguments of vLLM, such as gpu_memory_utilization."""
+
+    @model_validator(mode="after")
+    def _only_vllm_has_options(self) -> Engine:
+        if self.name != "vllm" and (self.url or self.folder or self.options):
+            raise ValueError(f"url, folder and options are vllm's, and name is '{self.name}'")
+        return self
+
+
+def _as_engine(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class TokenRollout(Rollout):
+    """How tokens are drawn."""
+
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: PositiveInt | None = None
     min_p: Share = 0.0
+
+
+class TextRollout(TokenRollout):
+    """How completions are drawn."""
+
+    max_new_tokens: PositiveInt = 512
     stop: list[str] = Field(default=[])
     """Strings that end a completion."""
+    engine: Annotated[Engine, BeforeValidator(_as_engine)] = Engine()
+    """native or vllm, or a mapping with name."""
 
 
 class TextEval(Eval):
@@ -80,3 +118,34 @@ class VisionConfig(Config):
     data: VisionData
     rollout: TextRollout = TextRollout()
     eval: TextEval = TextEval()
+
+
+class ImageTokensModel(TextModel):
+    """A causal language model whose vocabulary holds image codes, with their decoder."""
+
+    plan_tokens: NonNegativeInt | None = None
+    """Most tokens of the plan in words before the picture; 0: none; null: as the folder says."""
+
+
+class ImageTokensRollout(TokenRollout):
+    """How pictures are drawn."""
+
+    ask_questions: bool = False
+    """Let the model answer the column `questions` about its own picture, for `self_answer`."""
+    max_answer_tokens: PositiveInt = 16
+
+
+class ImageTokensEval(Eval):
+    """Evaluation of pictures."""
+
+    temperature: NonNegativeFloat = 1.0
+    """0: greedy."""
+
+
+class ImageTokensConfig(Config):
+    """A run that trains an autoregressive image generator."""
+
+    modality: Literal["image_tokens"]
+    model: ImageTokensModel
+    rollout: ImageTokensRollout = ImageTokensRollout()
+    eval: ImageTokensEval = ImageTokensEval()

@@ -23,7 +23,7 @@ from mmgrpo.core.groups import (
 )
 from mmgrpo.core.trajectories import Trajectories
 
-GROUP_BASELINES = frozenset({"group", "leave_one_out", "length_weighted"})
+GROUP_BASELINES = frozenset({"group", "leave_one_out", "length_weighted", "stratum"})
 """Baselines that compare the samples of a group, and say nothing about a group of one."""
 
 
@@ -70,6 +70,24 @@ def greedy_baseline(reward: Tensor, trajectories: Trajectories) -> Tensor:
     if trajectories.baseline_reward is None:
         raise ValueError("the greedy baseline needs trajectories.baseline_reward")
     return trajectories.baseline_reward.to(reward.dtype)
+
+
+def history_baseline(
+    reward: Tensor, trajectories: Trajectories, *, collective: Collective = LOCAL
+) -> Tensor:
+    """Mean of the prompt's last rewards (DDPO, arXiv:2305.13301).
+
+    Where they are too few to be known, the mean of the whole update.
+    """
+    _, mean, _ = moments(zero_nan(reward), ~reward.isnan(), collective)
+    return _remembered(trajectories.history_mean, mean, reward)
+
+
+def _remembered(history: Tensor | None, otherwise: Tensor, reward: Tensor) -> Tensor:
+    fallback = otherwise.to(reward.dtype).expand_as(reward)
+    if history is None:
+        return fallback
+    return torch.where(history.isnan(), fallback, history.to(reward.dtype))
 
 
 def no_scale(
@@ -122,6 +140,23 @@ def batch_centred_scale(
 ) -> Tensor:
     """Standard deviation of the update's group-centred rewards, plus eps."""
     return _update_std(centred, ddof, collective) + eps
+
+
+def history_scale(
+    reward: Tensor,
+    centred: Tensor,
+    trajectories: Trajectories,
+    *,
+    ddof: int,
+    eps: float,
+    collective: Collective = LOCAL,
+) -> Tensor:
+    """Population standard deviation of the prompt's last rewards, plus eps (DDPO).
+
+    Where they are too few to be known, that of the update's rewards (with ``ddof``).
+    """
+    own = _update_std(reward, ddof, collective)
+    return _remembered(trajectories.history_std, own, reward) + eps
 
 
 def mean_scale(

@@ -36,6 +36,10 @@ def denominators(trajectories: Trajectories, collective: Collective = LOCAL) -> 
     return Denominators(max(sequences, 1.0), max(decisions, 1e-12))
 
 
+SUMS_DECISIONS = frozenset({"token_mean"})
+"""Aggregations that add up decisions, whatever row they stand in."""
+
+
 def sequence_mean_token_mean(loss: Tensor, weight: Tensor, total: Denominators) -> Tensor:
     """(1/N) sum_i (1/T_i) sum_t loss: every sample counts the same (GRPO)."""
     length = weight.sum(dim=1)

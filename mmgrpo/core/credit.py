@@ -12,9 +12,9 @@ COMPARES_GROUP = frozenset({"depthwise"})
 """Credits that compare the samples of a group with each other."""
 
 
-def uniform(advantage: Tensor, trajectories: Trajectories) -> Tensor:
-    """Every decision of a sample carries the sample's advantage."""
-    return advantage[:, None] * trajectories.mask
+def uniform(advantage: Tensor, trajectories: Trajectories, *, factor: float = 1.0) -> Tensor:
+    """Every decision of a sample carries the sample's advantage, times a factor."""
+    return factor * advantage[:, None] * trajectories.mask
 
 
 def reward_to_go(advantage: Tensor, trajectories: Trajectories, *, gamma: float = 1.0) -> Tensor:
@@ -43,10 +43,12 @@ def depthwise(
     clip: float = 5.0,
     min_std: float = 1e-6,
     std_eps: float = 1e-8,
+    temperature: float | None = None,
 ) -> Tensor:
     """Reward of a tree's node against all nodes of its depth (BranchGRPO, arXiv:2509.06040).
 
-    A node's reward is the mean of its leaves'; it is normalised by mean and sample standard
+    A node's reward is the mean of its leaves', or the mean of its children weighted by how likely
+    they were, see :func:`path_mean`; it is normalised by mean and sample standard
     deviation over the group's distinct nodes at that depth. A depth with one node, or without
     spread, has advantage 0. Without shared decisions this is the group's z-score.
 
@@ -56,9 +58,9 @@ def depthwise(
         clip: bound of the absolute value.
         min_std: standard deviation below which a depth has no spread.
         std_eps: added to the standard deviation.
+        temperature: tau of the path weights; None: every leaf counts the same.
     """
-    spread = uniform(advantage, trajectories)
-    fused = spread if trajectories.node is None else node_mean(spread, trajectories)
+    fused = _fused(advantage, trajectories, temperature)
     once = node_weight(trajectories, advantage.dtype)
     index, groups = group_index(trajectories.group)
 
@@ -72,6 +74,72 @@ def depthwise(
     usable = (count > 1.5) & (std >= min_std)
     scaled = torch.where(usable, centred / (std + std_eps), torch.zeros_like(centred))
     return scaled.clamp(-clip, clip)
+
+
+def _fused(leaf: Tensor, trajectories: Trajectories, temperature: float | None) -> Tensor:
+    """``[B, T]`` reward of the node that each decision leads to."""
+    if trajectories.node is None:
+        return uniform(leaf, trajectories)
+    if temperature is None:
+        return node_mean(uniform(leaf, trajectories), trajectories)
+    return path_mean(leaf, trajectories, temperature=temperature)
+
+
+def path_mean(leaf: Tensor, trajectories: Trajectories, *, temperature: float) -> Tensor:
+    """Fuse the leaves' rewards upwards, likely paths counting more (BranchGRPO).
+
+    r_n = sum_c softmax_c(log p(edge_c) / tau) r_c over the children c of a node, with the
+    behaviour policy's log-probabilities.
+
+    Args:
+        leaf: ``[B]`` reward of each row.
+        trajectories: decisions with ``node`` and ``old_log_prob``.
+        temperature: tau; infinity weighs all children of a node the same.
+
+    Returns:
+        ``[B, T]`` reward of the node that each decision leads to; 0 off the mask.
+
+    Raises:
+        ValueError: something is missing, or tau is not positive.
+    """
+    node, old, mask = trajectories.node, trajectories.old_log_prob, trajectories.mask
+    if node is None or old is None:
+        raise ValueError("path weights need trajectories.node and trajectories.old_log_prob")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive; got {temperature}.")
+    group, once = group_index(trajectories.group)[0], node_weight(trajectories, leaf.dtype)
+    fused = torch.zeros_like(once)
+    below, edge, share = leaf, torch.zeros_like(leaf), torch.ones_like(leaf)
+    for t in reversed(range(mask.shape[1])):
+        on = mask[:, t]
+        keys = torch.stack([group, torch.where(on, node[:, t], -1)], dim=1)
+        index = torch.unique(keys, dim=0, return_inverse=True)[1]
+        highest = edge.scatter_reduce(0, index, edge, "amax", include_self=False)[index]
+        weight = share * (edge - highest).exp()
+        total, norm = (
+            torch.zeros_like(leaf).index_add(0, index, x)[index] for x in (weight * below, weight)
+        )
+        fused[:, t] = torch.where(on, total / norm, fused[:, t])
+        below = torch.where(on, fused[:, t], below)
+        edge = torch.where(on, old[:, t].to(leaf.dtype) / temperature, edge)
+        share = torch.where(on, once[:, t], share)
+    return fused
+
+
+def node_sum(advantage: Tensor, trajectories: Trajectories, *, clip: float = 5.0) -> Tensor:
+    """A decision carries the sum over the rows that share it, bounded (G2RPO, arXiv:2510.01982).
+
+    The rows are the granularities on which one noise was continued, each row's advantage being
+    that among its own stratum.
+
+    Args:
+        advantage: ``[B]``.
+        trajectories: their decisions.
+        clip: bound of the sum's absolute value.
+    """
+    spread = uniform(advantage, trajectories)
+    total = spread if trajectories.node is None else _node_sums(spread, trajectories)[0]
+    return (total * trajectories.mask).clamp(-clip, clip)
 
 
 def step_std(advantage: Tensor, trajectories: Trajectories) -> Tensor:
@@ -116,18 +184,41 @@ def node_weight(trajectories: Trajectories, dtype: torch.dtype = torch.float32) 
     return one / _node_sums(one, trajectories)[1].clamp_min(1.0)
 
 
+def carried_once(trajectories: Trajectories) -> Trajectories:
+    """Let the first of the rows that share a decision carry it alone, with the weight of all.
+
+    A sum over decisions stays what it is, and a batch that is cut evaluates nothing twice.
+    """
+    if trajectories.node is None:
+        return trajectories
+    mask = trajectories.mask
+    index, count = _node_index(trajectories)
+    row = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
+    candidate = torch.where(mask, row, len(mask)).flatten()
+    first = row.new_full((count,), len(mask)).scatter_reduce(0, index, candidate, "amin")
+    mask = mask & (first[index].reshape(row.shape) == row)
+    weight = _node_sums(trajectories.decision_weight, trajectories)[0]
+    return trajectories.replace(mask=mask, weight=weight * mask)
+
+
 def _node_sums(value: Tensor, trajectories: Trajectories) -> tuple[Tensor, Tensor]:
     """``[B, T]`` sum of ``value`` and number of rows, over the rows that share the decision."""
-    if trajectories.node is None:
-        raise ValueError("shared decisions need trajectories.node")
-    mask, node = trajectories.mask, trajectories.node
-    group = group_index(trajectories.group)[0][:, None].expand_as(node)
-    keys, index = torch.unique(
-        torch.stack([group, node], dim=-1).flatten(0, 1), dim=0, return_inverse=True
-    )
+    mask = trajectories.mask
+    index, count = _node_index(trajectories)
     weight = mask.to(value.dtype)
     masked = torch.where(mask, value, torch.zeros_like(value))
-    sums = value.new_zeros(2, len(keys))
+    sums = value.new_zeros(2, count)
     sums.index_add_(1, index, torch.stack([masked.flatten(), weight.flatten()]))
-    total, count = sums[:, index].unflatten(1, node.shape)
-    return total, count
+    total, rows = sums[:, index].unflatten(1, mask.shape)
+    return total, rows
+
+
+def _node_index(trajectories: Trajectories) -> tuple[Tensor, int]:
+    """``[B * T]`` number of each decision, and how many there are."""
+    if trajectories.node is None:
+        raise ValueError("shared decisions need trajectories.node")
+    node = trajectories.node
+    group = group_index(trajectories.group)[0][:, None].expand_as(node)
+    pairs = torch.stack([group, node], dim=-1).flatten(0, 1)
+    keys, index = torch.unique(pairs, dim=0, return_inverse=True)
+    return index, len(keys)

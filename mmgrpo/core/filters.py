@@ -59,8 +59,7 @@ def prune_leaves(trajectories: Trajectories, score: Tensor, *, keep: float = 0.5
     mask, advantage = trajectories.mask, trajectories.advantage
     if trajectories.node is None or advantage is None:
         return torch.ones_like(mask)
-    alone = (node_weight(trajectories) > 0.75) & mask
-    after = alone & (alone.cumsum(dim=1) > 1)  # the first unshared decision is the split's own
+    after = _after_last_split(trajectories)
     last = mask.long().cumsum(dim=1).argmax(dim=1, keepdim=True)
     value = advantage.gather(1, last).squeeze(1)
     kept = torch.ones_like(trajectories.group, dtype=torch.bool)
@@ -70,3 +69,34 @@ def prune_leaves(trajectories: Trajectories, score: Tensor, *, keep: float = 0.5
         order = rows[value[rows].argsort(descending=True, stable=True)]
         kept[order[half : max(len(rows) - half, half)]] = False
     return ~after | kept[:, None]
+
+
+def prune_steps(trajectories: Trajectories, score: Tensor, *, keep: float = 0.5) -> Tensor:
+    """Leave out part of each branch after the last split (BranchGRPO, arXiv:2509.06040).
+
+    Of the n decisions of a branch the ``keep n`` (rounded up) with the highest advantage stay, of
+    equal ones the earlier. A leaf's decisions after its split normally are equal, so the later
+    steps go: the public width pruning inside each branch.
+
+    Returns:
+        ``[B, T]`` bool.
+
+    Raises:
+        ValueError: ``keep`` is not in (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1]; got {keep}.")
+    mask, advantage = trajectories.mask, trajectories.advantage
+    if trajectories.node is None or advantage is None:
+        return torch.ones_like(mask)
+    after = _after_last_split(trajectories)
+    value = torch.where(after, advantage.double().round(decimals=6), -torch.inf)
+    rank = value.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    count = (keep * after.sum(dim=1, keepdim=True) - 1e-9).ceil()
+    return ~after | (rank < count)
+
+
+def _after_last_split(trajectories: Trajectories) -> Tensor:
+    """``[B, T]`` bool: decisions of one leaf alone, but for the split's own, the first of them."""
+    alone = (node_weight(trajectories) > 0.75) & trajectories.mask
+    return alone & (alone.cumsum(dim=1) > 1)

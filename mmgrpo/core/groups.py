@@ -62,6 +62,19 @@ def leave_one_out_mean(x: Tensor, group: Tensor) -> Tensor:
     return torch.where(others > 0, total / others.clamp_min(1.0), torch.zeros_like(total))
 
 
+def best_row(x: Tensor, group: Tensor) -> Tensor:
+    """``[B]`` int64: the row of the sample's group with the largest ``x [B]``, the first of equal.
+
+    NaN counts as the smallest.
+    """
+    index, count = group_index(group)
+    value = torch.where(x.isnan(), torch.full_like(x, -torch.inf), x)
+    highest = value.new_full((count,), -torch.inf).scatter_reduce(0, index, value, "amax")
+    row = torch.arange(len(x), device=x.device)
+    candidate = torch.where(value == highest[index], row, len(x))
+    return row.new_full((count,), len(x)).scatter_reduce(0, index, candidate, "amin")[index]
+
+
 def uniform_groups(x: Tensor, group: Tensor, *, rtol: float = DEGENERATE_RTOL) -> Tensor:
     """``[B]`` bool: the sample's group has no spread (max - min <= rtol * max |x|).
 

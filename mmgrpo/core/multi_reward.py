@@ -6,7 +6,7 @@ applies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -41,10 +41,36 @@ def normalise_then_sum(
     weights: Mapping[str, float],
     normalise: Normalise,
     *,
+    unit_weights: bool = False,
+    clip: float | None = None,
     collective: Collective = LOCAL,
 ) -> Tensor:
-    """sum_k w_k A_k(r_k) (DanceGRPO, arXiv:2505.07818); a reward without spread adds nothing."""
-    return weighted_sum({name: normalise(reward) for name, reward in rewards.items()}, weights)
+    """sum_k w_k A_k(r_k) (DanceGRPO, arXiv:2505.07818); a reward without spread adds nothing.
+
+    Args:
+        rewards: name -> ``[B]``.
+        weights: name -> w_k, 1 where none is given.
+        normalise: reward -> advantage, ``[B]``.
+        unit_weights: divide the weights by their sum (MixGRPO, arXiv:2507.21802).
+        clip: bound of the sum's absolute value; ``advantage.clip`` bounds each term.
+        collective: not used.
+
+    Raises:
+        ValueError: ``unit_weights``, and the weights add up to nothing.
+    """
+    if unit_weights:
+        weights = _unit(weights, rewards)
+    total = weighted_sum({name: normalise(reward) for name, reward in rewards.items()}, weights)
+    return total if clip is None else total.clamp(-clip, clip)
+
+
+def _unit(weights: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """The weights of the named rewards, divided by their sum."""
+    own = {name: weights.get(name, 1.0) for name in names}
+    total = sum(own.values())
+    if total <= 0:
+        raise ValueError(f"the weights of the rewards must have a positive sum; got {own}")
+    return {name: weight / total for name, weight in own.items()}
 
 
 def gdpo(

@@ -58,11 +58,15 @@ class Matching(NamedTuple):
     sigma: Tensor
 
 
-READS_REFERENCE: frozenset[str] = frozenset()
+PAIRS_DECISIONS = frozenset({"step_preference", "semi_preference"})
+"""Objectives that compare decision t of a row with decision t of its partner."""
+READS_PAIRS = PAIRS_DECISIONS | {"preference"}
+"""Objectives that compare the rows of ``pairs``."""
+READS_REFERENCE: frozenset[str] = frozenset(READS_PAIRS | {"group_preference"})
 """Objectives that read the reference's log-probabilities."""
-READS_MATCHING: frozenset[str] = frozenset()
+READS_MATCHING: frozenset[str] = frozenset({"negative_aware", "centred_reward"})
 """Objectives that read the predictions of noised clean samples."""
-COUPLES_ROWS: frozenset[str] = frozenset()
+COUPLES_ROWS: frozenset[str] = READS_PAIRS | {"group_preference", "centred_reward"}
 """Objectives whose loss of a row depends on the other rows of its group or on its pair."""
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 READS_DIVERGENCE = frozenset({"guard"})
 """Ratios that read the divergence from the old policy and the std of each decision."""
+PER_DECISION = frozenset({"token", "guard"})
+"""Ratios of single decisions, which do not see the others of their row."""
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to +-20 so that exp() stays finite in float32."""
 

@@ -48,9 +48,12 @@ class Trajectories:
         reward: ``[B]`` the combined, shaped reward.
         step_reward: ``[B, T]`` rewards given to single decisions.
         baseline_reward: ``[B]`` reward of the group's greedy sample.
+        history_mean, history_std: ``[B]`` of the last rewards of the sample's prompt; NaN where
+            there were too few.
         advantage: ``[B, T]``, constants.
         weight: ``[B, T]`` how much a decision counts (1 / multiplicity for shared nodes).
         step_std: ``[B, T]`` standard deviation of a denoising step's Gaussian.
+        entropy_weight: ``[B, T]`` what the decision's entropy is multiplied by in the loss.
         step_length: ``[B, T]`` how far the noise level falls in a denoising step, -dt.
         segment: ``[B, T]`` int64 span ids within the row (sentence, turn, tree depth).
         node: ``[B, T]`` int64 decision ids; equal ids are one and the same decision.
@@ -60,6 +63,7 @@ class Trajectories:
         pairs: ``[N, 2]`` int64 rows (preferred, rejected).
         old_prediction, ref_prediction: ``[B, T, ...]`` parameters of the decision's distribution
             (a velocity for flow policies) under the sampling and the reference weights.
+        best_prediction: ``[B, T, ...]`` ``old_prediction`` of the group's best sample.
         target: ``[B, T, ...]`` velocity that leads to the clean sample, where a decision is a
             (noise, level) draw on it.
         sigma: ``[B, T]`` noise level of such a draw.
@@ -77,10 +81,13 @@ class Trajectories:
     reward: Tensor | None = None
     step_reward: Tensor | None = None
     baseline_reward: Tensor | None = None
+    history_mean: Tensor | None = None
+    history_std: Tensor | None = None
     advantage: Tensor | None = None
     weight: Tensor | None = None
     step_std: Tensor | None = None
     step_length: Tensor | None = None
+    entropy_weight: Tensor | None = None
     segment: Tensor | None = None
     node: Tensor | None = None
     stratum: Tensor | None = None
@@ -90,6 +97,7 @@ class Trajectories:
     pairs: Tensor | None = None
     old_prediction: Tensor | None = None
     ref_prediction: Tensor | None = None
+    best_prediction: Tensor | None = None
     target: Tensor | None = None
     sigma: Tensor | None = None
     payload: Any = None
@@ -202,10 +210,13 @@ class Trajectories:
 
 _PER_DECISION = (
     "old_log_prob", "rollout_log_prob", "ref_log_prob", "entropy", "values", "step_reward",
-    "advantage", "weight", "step_std", "step_length", "segment", "node", "old_prediction",
-    "ref_prediction", "target", "sigma",
+    "advantage", "weight", "step_std", "step_length", "entropy_weight", "segment", "node", "old_prediction",
+    "ref_prediction", "best_prediction", "target", "sigma",
 )  # fmt: skip
-_PER_SAMPLE = ("reward", "baseline_reward", "stratum", "variant", "version", "truncated")
+_PER_SAMPLE = (
+    "reward", "baseline_reward", "history_mean", "history_std", "stratum", "variant", "version",
+    "truncated",
+)  # fmt: skip
 _PER_ROW = ("group", "mask", *_PER_DECISION, *_PER_SAMPLE)
 _TENSORS = tuple(f.name for f in fields(Trajectories) if f.name not in ("rewards", "payload"))
 

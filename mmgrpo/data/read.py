@@ -25,7 +25,9 @@ class _Modality:
 _MODALITIES = {
     "text": _Modality(chat=True, images=False),
     "vision": _Modality(chat=True, images=True),
-    "image": _Modality(chat=False, images=False),
+    "image": _Modality(chat=False, images=True),
+    "video": _Modality(chat=False, images=False),
+    "image_tokens": _Modality(chat=False, images=False),
 }
 
 
@@ -44,7 +46,9 @@ class _Reader:
                 f"unknown modality '{self.modality}'{nearest(self.modality, _MODALITIES)}"
             )
         if self.system_prompt is not None and not _MODALITIES[self.modality].chat:
-            raise ConfigError("a system prompt has no effect on an image generator; remove it.")
+            raise ConfigError(
+                f"a system prompt has no effect on the {self.modality} generator; remove it."
+            )
 
     def prompt(self, row: Row, index: int) -> Prompt:
         """Raises ValueError with one clause that says what is wrong with the row."""
@@ -59,7 +63,11 @@ class _Reader:
                 f"the row has images, and modality '{self.modality}' takes text prompts"
             )
         if not kind.chat and not isinstance(content, str):
-            raise ValueError(f"an image generator's prompt must be text; got {_kind_of(content)}")
+            raise ValueError(
+                f"the {self.modality} generator's prompt must be text; got {_kind_of(content)}"
+            )
+        if not kind.chat:
+            return Prompt(index, content, LazyImages(column) if column else (), values, row.where)
         messages = _as_messages(content)
         if kind.images:
             messages, column = place_images(messages, column, row.folder)
@@ -115,7 +123,7 @@ def read_prompts(
 
     Args:
         path: see :func:`~mmgrpo.data.rows.read_rows`.
-        modality: ``text``, ``vision`` or ``image`` (an image generator).
+        modality: ``text``, ``vision``, or ``image`` and ``video`` (generators of them).
         prompt_column: column that holds the prompt.
         image_column: column that holds the images; None leaves such columns to the rewards.
         system_prompt: put before every prompt, which then is a chat.

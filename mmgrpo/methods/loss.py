@@ -88,6 +88,7 @@ def compute_loss(
     total = denominators(trajectories) if total is None else total
     weight = trajectories.decision_weight.to(dtype)
     value = method.aggregate(loss + penalty, weight, total)
+    value = value + _controlled_entropy(method, trajectories, metrics)
     metrics |= {
         "clip_fraction": (~surrogate.kept).to(dtype),
         "ratio/mean": levelled.exp(),
@@ -145,7 +146,14 @@ def _matching(
     for name, value in found.items():
         if value is None:
             raise ValueError(f"method {method.id} needs {name}")
-    return Matching(*(value for value in found.values() if value is not None))
+    mask = trajectories.mask
+    return Matching(
+        *(
+            torch.where(mask.reshape(*mask.shape, *(1,) * (value.dim() - 2)), value, 0.0)
+            for value in found.values()
+            if value is not None
+        )
+    )
 
 
 def _levelled(
@@ -196,6 +204,19 @@ def _regularise(
             raise ValueError(f"method {method.id} needs evaluation.entropy")
         penalty = penalty - options.entropy * metrics["entropy"]
     return penalty, metrics
+
+
+def _controlled_entropy(
+    method: Method, trajectories: Trajectories, metrics: dict[str, Tensor]
+) -> Tensor | float:
+    """This micro-batch's share of the controlled entropies; the weights hold the denominators."""
+    if not method.regulariser.entropy_control.targets or trajectories.entropy_weight is None:
+        return 0.0
+    if "entropy" not in metrics:
+        raise ValueError(f"method {method.id} needs evaluation.entropy")
+    entropy = metrics["entropy"]
+    weight = _masked(trajectories.entropy_weight, trajectories.mask, entropy.dtype)
+    return (weight * entropy).sum()
 
 
 def _kl(

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from mmgrpo.core import credit, objectives, ratios, trust_regions
+from mmgrpo.core import aggregation, credit, objectives, ratios, trust_regions
 from mmgrpo.core.advantages import GROUP_BASELINES
 from mmgrpo.core.aggregation import Denominators
 from mmgrpo.core.collective import LOCAL, Collective
@@ -19,7 +19,9 @@ from mmgrpo.methods.checks import check_rollout, contradictions
 from mmgrpo.methods.components import bind, make_options, spec_of, specs_of, with_default
 from mmgrpo.methods.loss import LossOutput, compute_loss
 from mmgrpo.methods.options import (
+    COMBINE,
     AdvantageOptions,
+    ReferenceOptions,
     RegulariserOptions,
     RewardOptions,
     RolloutOptions,
@@ -35,6 +37,7 @@ OPTION_SLOTS: dict[str, type] = {
     "reward": RewardOptions,
     "advantage": AdvantageOptions,
     "regulariser": RegulariserOptions,
+    "reference": ReferenceOptions,
 }
 COMPONENT_SLOTS: dict[str, str] = {
     "credit": "uniform",
@@ -43,8 +46,11 @@ COMPONENT_SLOTS: dict[str, str] = {
     "objective": "policy_gradient",
     "aggregate": "sequence_mean_token_mean",
     "correction": "none",
+    "pairs": "none",
 }
 """Slots of one component, with the component that fills them unless the preset names another."""
+PREDICTED_BY = {"ref": "ref", "old": "old", "best": "old"}
+"""Target of the regulariser -> the weights whose predictions the trainer has to store."""
 SLOTS = (*OPTION_SLOTS, *COMPONENT_SLOTS, "filter")
 
 
@@ -70,6 +76,7 @@ class Method:
     reward: RewardOptions
     advantage: AdvantageOptions
     regulariser: RegulariserOptions
+    reference: ReferenceOptions
     filters: tuple[tuple[str, Callable[..., Tensor]], ...]
     combine: Callable[..., Tensor]
     shaping: tuple[Callable[..., Tensor], ...]
@@ -80,6 +87,7 @@ class Method:
     objective: Callable[..., Any]
     aggregate: Callable[..., Tensor]
     correction: Callable[..., Tensor]
+    pairs: Callable[..., Tensor]
     components: Mapping[str, Any]
     reward_weights: Mapping[str, float] = field(default_factory=dict)
 
@@ -111,6 +119,7 @@ class Method:
         bound["objective"] = with_default(bound["objective"], trust_region=trust_region)
         reward, advantage = options["reward"], options["advantage"]
         shaping = specs_of(reward.shaping, where=f"{where}: reward.shaping")
+        combine = spec_of(reward.combine, COMBINE, where=f"{where}: reward.combine")
         filters = specs_of(preset.get("filter"), where=f"{where}: filter")
         header = {key: preset[key] for key in HEADER if key in preset}
         fixed: dict[str, Any] = {
@@ -121,7 +130,7 @@ class Method:
             **options,
             **bound,
             filters=tuple((spec["name"], bind("filter", spec, where=where)) for spec in filters),
-            combine=bind("combine", {"name": reward.combine}, where=where),
+            combine=bind("combine", combine, where=where),
             shaping=tuple(bind("shaping", spec, where=where) for spec in shaping),
             baseline=bind("baseline", {"name": advantage.baseline}, where=where),
             scale=bind("scale", {"name": advantage.scale}, where=where),
@@ -140,8 +149,9 @@ class Method:
         """What the trainer has to provide.
 
         ``ref_log_prob``, ``ref_prediction``, ``old_prediction``, ``baseline_reward``, ``entropy``,
-        ``segment``; ``groups`` (at least two samples per prompt, whole groups in ``prepare``),
-        ``whole_groups`` (whole groups in ``loss`` too),
+        ``segment``; ``history`` (earlier rewards of the same prompts); ``groups`` (at least two
+        samples per prompt, whole groups in ``prepare``),
+        ``whole_groups`` (whole groups in ``loss`` too), ``pairs`` (chosen in ``prepare``),
         ``on_policy`` (one update per rollout) and ``one_epoch`` (one pass over a rollout).
         """
         penalty = self.regulariser.kl
@@ -151,17 +161,30 @@ class Method:
             "old_prediction": self.reads_divergence or objective in objectives.READS_MATCHING,
             "whole_groups": objective in objectives.COUPLES_ROWS,
             "baseline_reward": self.advantage.baseline == "greedy",
+            "history": self.advantage.reads_history,
             "groups": self.advantage.baseline in GROUP_BASELINES
-            or self.component("credit") in credit.COMPARES_GROUP,
-            "entropy": bool(self.regulariser.entropy),
-            "segment": self.component("ratio") == "segment",
+            or self.component("credit") in credit.COMPARES_GROUP
+            or objective in objectives.READS_PAIRS,
+            "pairs": objective in objectives.READS_PAIRS,
+            "entropy": self.reads_entropy,
+            "segment": self.component("ratio") == "segment"
+            or bool(self.regulariser.entropy_control.targets),
         }
         needs = {*self.requires, *(name for name, needed in asked.items() if needed)}
         if penalty.coefficient and penalty.gaussian:
-            needs.add(f"{penalty.target}_prediction")
+            needs.add(f"{PREDICTED_BY[penalty.target]}_prediction")
         elif penalty.coefficient and penalty.target == "ref":
             needs.add("ref_log_prob")
         return frozenset(needs)
+
+    @property
+    def per_decision(self) -> bool:
+        """Whether the loss is a sum over decisions, in which their rows play no part."""
+        return (
+            self.component("aggregate") in aggregation.SUMS_DECISIONS
+            and self.component("ratio") in ratios.PER_DECISION
+            and self.component("objective") not in objectives.COUPLES_ROWS
+        )
 
     @property
     def reads_divergence(self) -> bool:
@@ -172,11 +195,16 @@ class Method:
         )
 
     @property
+    def reads_entropy(self) -> bool:
+        """Whether the loss has a term in the entropy."""
+        return bool(self.regulariser.entropy or self.regulariser.entropy_control.targets)
+
+    @property
     def request(self) -> Request:
         """What the method reads of a policy's evaluation beside log-probabilities."""
         penalty = self.regulariser.kl
         plain = Request(
-            entropy=bool(self.regulariser.entropy),
+            entropy=self.reads_entropy,
             prediction=self.component("objective") in objectives.READS_MATCHING,
         )
         if self.reads_divergence:

@@ -13,9 +13,11 @@ from mmgrpo.core.collective import Collective
 from mmgrpo.core.credit import node_mean, node_weight
 from mmgrpo.core.divergence import k1
 from mmgrpo.core.filters import BEFORE_STATISTICS
-from mmgrpo.core.groups import zero_nan
+from mmgrpo.core.groups import best_row, zero_nan
 from mmgrpo.core.multi_reward import weighted_sum
 from mmgrpo.core.trajectories import Trajectories
+from mmgrpo.methods.components import with_default
+from mmgrpo.methods.pairing import pair_up
 
 if TYPE_CHECKING:
     from mmgrpo.methods.method import Method
@@ -72,11 +74,28 @@ def prepare(method: Method, trajectories: Trajectories, collective: Collective) 
     )
     advantage = _spread(method, trajectories, zero_nan(advantage), collective).to(score.dtype)
     trajectories = trajectories.replace(advantage=advantage)
+    if method.regulariser.kl.target == "best":
+        trajectories = _follow_best(trajectories, score)
     mask = trajectories.mask & _keep(method, trajectories, score, before=False)
     trajectories = trajectories.replace(mask=mask, advantage=advantage * mask)
+    if "pairs" in method.needs:
+        trajectories = pair_up(method, trajectories, rewards)
     if trajectories.node is None or trajectories.weight is not None:
         return trajectories
     return trajectories.replace(weight=node_weight(trajectories, advantage.dtype))
+
+
+def _follow_best(trajectories: Trajectories, score: Tensor) -> Trajectories:
+    """Give every decision the prediction at the same step of its group's best sample.
+
+    A decision that the best sample does not have keeps its own.
+    """
+    old = trajectories.old_prediction
+    if old is None:
+        return trajectories
+    best = best_row(score, trajectories.group)
+    there = trajectories.mask[best].reshape(*trajectories.mask.shape, *(1,) * (old.dim() - 2))
+    return trajectories.replace(best_prediction=torch.where(there, old[best], old))
 
 
 def _keep(method: Method, trajectories: Trajectories, score: Tensor, *, before: bool) -> Tensor:
@@ -112,7 +131,8 @@ def _sample_advantage(
     """``[B]``: (reward - baseline) / scale; NaN where the reward does not apply."""
     options = method.advantage
     reward = _shape(method, trajectories, reward)
-    centred = reward - method.baseline(reward, trajectories)
+    baseline = with_default(method.baseline, collective=collective)
+    centred = reward - baseline(reward, trajectories)
     advantage = centred / method.scale(
         reward, centred, trajectories, ddof=options.ddof, eps=options.eps, collective=collective
     )

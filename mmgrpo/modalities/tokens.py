@@ -31,6 +31,47 @@ def token_policy(
     return policy
 
 
+def native_engine(
+    policy: Policy, config: TextConfig, mode: str, sampling: dict[str, Any]
+) -> RolloutEngine:
+    """The policy samples by itself."""
+    del config, mode
+    engine: RolloutEngine = load_target("mmgrpo.rollout.autoregressive:AutoregressiveEngine")(
+        policy, **sampling
+    )
+    return engine
+
+
+def vllm_engine(
+    policy: Policy, config: TextConfig, mode: str, sampling: dict[str, Any]
+) -> RolloutEngine:
+    """A vLLM samples, in this process or behind a URL, with the policy's weights."""
+    place = config.rollout.engine
+    engine: RolloutEngine = load_target("mmgrpo.rollout.vllm_engine:vllm_engine")(
+        policy,
+        **vllm_model(config),
+        url=place.url,
+        folder=place.folder,
+        evaluate=mode == "train",
+        rows=config.trainer.micro_batch_size,
+        **sampling,
+    )
+    return engine
+
+
+def vllm_model(config: TextConfig) -> dict[str, Any]:
+    """What a vLLM for this run loads."""
+    return {
+        "model": config.model.path,
+        "dtype": config.model.dtype,
+        "lora_rank": None if config.model.lora is None else config.model.lora.rank,
+        "options": config.rollout.engine.options,
+    }
+
+
+ENGINES = {"native": native_engine, "vllm": vllm_engine}
+
+
 def token_engine(policy: Policy, config: TextConfig, method: Method, mode: str) -> RolloutEngine:
     """The engine with the sampling settings of the mode."""
     del method  # fixes only the rollout of flows
@@ -45,10 +86,9 @@ def token_engine(policy: Policy, config: TextConfig, method: Method, mode: str) 
         "eval": {"temperature": config.eval.temperature},
         "greedy": {"temperature": 0.0},
     }
-    engine: RolloutEngine = load_target("mmgrpo.rollout.autoregressive:AutoregressiveEngine")(
-        policy, max_new_tokens=rollout.max_new_tokens, stop=tuple(rollout.stop), **by_mode[mode]
-    )
-    return engine
+    limits = {"max_new_tokens": rollout.max_new_tokens, "stop": tuple(rollout.stop)}
+    build = ENGINES[rollout.engine.name]
+    return build(policy, config, mode, {**limits, **by_mode[mode]})
 
 
 def _text_prompts(config: TextConfig) -> dict[str, Any]:

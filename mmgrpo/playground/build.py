@@ -1,4 +1,4 @@
-"""Building the playground: three small half-trained models with their data, reproducibly."""
+"""Building the playground: small half-trained models with their data, reproducibly."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ TASKS = {
     "text": "mmgrpo.playground.text:build_text",
     "vision": "mmgrpo.playground.vision:build_vision",
     "image": "mmgrpo.playground.image:build_image",
+    "image_tokens": "mmgrpo.playground.image_tokens:build_image_tokens",
+    "shapes": "mmgrpo.playground.shapes:build_shapes",
+    "video": "mmgrpo.playground.video:build_video",
 }
 ALL = "all"
 

@@ -17,8 +17,8 @@ from mmgrpo.policies.loading import first_line
 _PEFT_PREFIX = "base_model.model."
 
 
-def save_weights(pipe: Any, network: nn.Module, directory: Path) -> None:
-    """Write the folder.
+def save_weights(pipe: Any, network: nn.Module, directory: Path, *, denoiser: str) -> None:
+    """Write the folder; ``denoiser`` is the network's name in the pipeline.
 
     Without an adapter it is a whole pipeline (``DiffusionPipeline.from_pretrained``). With one it
     holds the adapter twice, as peft loads it (``PeftModel.from_pretrained``) and as diffusers does
@@ -33,24 +33,25 @@ def save_weights(pipe: Any, network: nn.Module, directory: Path) -> None:
     network.save_pretrained(directory)  # type: ignore[operator]
     weights = get_peft_model_state_dict(network)
     config = network.peft_config["default"].to_dict()  # type: ignore[index,union-attr]
+    layers = {
+        name.removeprefix(_PEFT_PREFIX): value.contiguous() for name, value in weights.items()
+    }
     pipe.save_lora_weights(
         directory,
-        transformer_lora_layers={
-            name.removeprefix(_PEFT_PREFIX): value.contiguous() for name, value in weights.items()
-        },
-        save_function=partial(_save_for_diffusers, config=config),
+        **{f"{denoiser}_lora_layers": layers},
+        save_function=partial(_save_for_diffusers, config=config, denoiser=denoiser),
     )
 
 
 def _save_for_diffusers(
-    weights: dict[str, Tensor], filename: str, *, config: dict[str, Any]
+    weights: dict[str, Tensor], filename: str, *, config: dict[str, Any], denoiser: str
 ) -> None:
     """Write equal weights as equal bytes.
 
     Diffusers itself lists sets in the order of the process's hashes, and adds a second entry to the
     metadata, which safetensors writes in a random order.
     """
-    options = {f"transformer.{name}": _sorted(value) for name, value in config.items()}
+    options = {f"{denoiser}.{name}": _sorted(value) for name, value in config.items()}
     metadata = {"lora_adapter_metadata": json.dumps(options, indent=2, sort_keys=True)}
     save_file(weights, filename, metadata=metadata)
 
@@ -59,7 +60,7 @@ def _sorted(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else value
 
 
-def load_weights(pipe: Any, network: nn.Module, directory: Path) -> None:
+def load_weights(network: nn.Module, directory: Path, *, denoiser: str) -> None:
     """Load what :func:`save_weights` wrote into the present tensors.
 
     Raises:
@@ -67,26 +68,28 @@ def load_weights(pipe: Any, network: nn.Module, directory: Path) -> None:
     """
     if not directory.is_dir():
         raise ModelError(f"The folder {directory} with the saved weights does not exist.")
-    load = _load_adapter if has_adapter(network) else _load_transformer
+    load = _load_adapter if has_adapter(network) else _load_whole
     try:
-        load(pipe, network, directory)
+        load(network, directory, denoiser)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"The weights in {directory} do not fit this model: {first_line(error)}"
         ) from error
 
 
-def _load_adapter(pipe: Any, network: nn.Module, directory: Path) -> None:
+def _load_adapter(network: nn.Module, directory: Path, denoiser: str) -> None:
+    del denoiser
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    weights = load_peft_weights(str(directory), device=str(pipe.transformer.device))
+    device = next(network.parameters()).device
+    weights = load_peft_weights(str(directory), device=str(device))
     result = set_peft_model_state_dict(network, weights)
     if result.unexpected_keys:
         raise ValueError(f"'{result.unexpected_keys[0]}' is not in the model")
 
 
-def _load_transformer(pipe: Any, network: nn.Module, directory: Path) -> None:
+def _load_whole(network: nn.Module, directory: Path, denoiser: str) -> None:
     loaded = type(network).from_pretrained(  # type: ignore[attr-defined]
-        directory, subfolder="transformer", dtype=pipe.transformer.dtype
+        directory, subfolder=denoiser, dtype=next(network.parameters()).dtype
     )
     network.load_state_dict(loaded.state_dict())

@@ -15,7 +15,7 @@ from mmgrpo.policies.loading import first_line, parse_dtype
 
 
 def load_pipeline(path: str | Path, *, dtype: str) -> Any:
-    """Load a text-to-image pipeline of a known family.
+    """Load a text-to-image or text-to-video pipeline of a known family.
 
     Args:
         path: a local folder, or a hub id such as ``stabilityai/stable-diffusion-3.5-medium``.
@@ -34,19 +34,26 @@ def load_pipeline(path: str | Path, *, dtype: str) -> Any:
     if Path(path).is_dir():
         _check_parts(Path(path), [name for name in parts if name not in absent])
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=weights, **absent)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            path, dtype={"default": weights, "vae": torch.float32}, **absent
+        )
     except (OSError, ValueError, ImportError, RuntimeError, TypeError) as error:
         raise ModelError(f"Cannot load the pipeline {path}: {first_line(error)}") from error
     return pipe
 
 
 def prepare_pipeline(pipe: Any, dtype: torch.dtype) -> None:
-    """Freeze every component and put it in evaluation mode; the transformer gets ``dtype``."""
+    """Freeze every component and put it in evaluation mode; all but the VAE get ``dtype``.
+
+    What a model's class keeps in float32 stays so.
+    """
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
             wanted = torch.float32 if name == "vae" else dtype
-            if any(p.dtype != wanted for p in component.parameters()):
+            kept = getattr(component, "_keep_in_fp32_modules", None) or ()
+            weights = component.named_parameters()
+            if any(p.dtype != wanted for n, p in weights if not any(part in n for part in kept)):
                 component.to(wanted)
 
 

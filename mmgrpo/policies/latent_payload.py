@@ -1,21 +1,36 @@
 """What a flow policy needs to evaluate denoising steps again: the states visited and the rule.
 
-Shapes: P unique prompts; B rows of S denoising steps, hence S + 1 states.
+Shapes: P unique prompts; B rows of S denoising steps, hence S + 1 states; N decisions.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from mmgrpo.core.diffusion import StepRule
+from mmgrpo.core.diffusion import StepOutput, StepRule
+from mmgrpo.core.trajectories import Payload, Trajectories
+from mmgrpo.errors import MethodError
+from mmgrpo.protocols import Request
 
 Embeddings = dict[str, Tensor]
 """Name -> ``[P, ...]``, one row per prompt."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """N decisions of a batch, evaluated; each field ``[N, ...]``, None where not asked for."""
+
+    log_prob: Tensor
+    entropy: Tensor | None
+    divergence: Tensor | None
+    prediction: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,50 @@ class LatentPrompts:
         )
 
 
+class FlowPayload(Payload, Protocol):
+    """A payload that a flow policy can evaluate.
+
+    ``prompts`` are the unique prompts and ``prompt_row [B]`` each row's. The other verbs take N
+    decisions, at ``rows [N]`` and ``steps [N]`` of the trajectories that carry the payload.
+    """
+
+    @property
+    def prompts(self) -> LatentPrompts:
+        """The unique prompts."""
+        ...
+
+    @property
+    def prompt_row(self) -> Tensor:
+        """``[B]`` int64 index into the prompts."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one latent."""
+        ...
+
+    def distinct(self, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``[U]`` decisions with distinct states, and ``[N]`` each one's place there."""
+        ...
+
+    def states(
+        self, trajectories: Trajectories, rows: Tensor, steps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what goes through the network: latents ``[N, ...]``, noise levels ``[N]``."""
+        ...
+
+    def decide(
+        self,
+        trajectories: Trajectories,
+        rows: Tensor,
+        steps: Tensor,
+        velocity: Tensor,
+        request: Request,
+    ) -> Decided:
+        """Turn the velocities ``[N, ...]`` at the states into what the request asks for."""
+        ...
+
+
 @dataclass(frozen=True)
 class LatentPayload:
     """Denoising trajectories and the prompts they were drawn for.
@@ -87,14 +146,43 @@ class LatentPayload:
 
     def select(self, rows: Tensor) -> Self:
         """Return the given rows and the prompts they need."""
-        kept, prompt_row = torch.unique(self.prompt_row[rows], return_inverse=True)
         return replace(
             self,
-            prompts=self.prompts.select(kept),
-            prompt_row=prompt_row,
+            **selected_prompts(self, rows),
             latents=self.latents[rows],
             owner=None if self.owner is None else self.owner[rows],
         )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one latent."""
+        return tuple(self.latents.shape[2:])
+
+    def states(
+        self, trajectories: Trajectories, rows: Tensor, steps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the states that the steps start from, see :class:`FlowPayload`."""
+        del trajectories
+        return self.latents[rows, steps], self.sigmas[steps]
+
+    def decide(
+        self,
+        trajectories: Trajectories,
+        rows: Tensor,
+        steps: Tensor,
+        velocity: Tensor,
+        request: Request,
+    ) -> Decided:
+        """Evaluate the steps that were taken, see :class:`FlowPayload`."""
+        rule, x, sigma = self.rule.at(steps), self.latents[rows, steps], self.sigmas[steps]
+        x_next, sigma_next = self.latents[rows, steps + 1], self.sigmas[steps + 1]
+        out = rule.step(velocity, x, sigma, sigma_next, x_next=x_next)
+        divergence = None
+        if request.divergence is not None:
+            other = stored(trajectories, request.divergence_target)[rows, steps]
+            divergence = rule.divergence(request.divergence, velocity, other, sigma, sigma_next)
+        entropy = _entropy(out, rule.reduce) if request.entropy else None
+        return Decided(out.log_prob, entropy, divergence, velocity)
 
     def distinct(self, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Find which of N decisions start from the same state.
@@ -135,20 +223,49 @@ class LatentPayload:
         Raises:
             ValueError: they were not.
         """
-        first = parts[0]
-        starts = [0]
         for part in parts:
-            _check_same_sampling(part, first)
-            starts.append(starts[-1] + len(part.prompts))
+            _check_same_sampling(part, parts[0])
         return replace(
-            first,
-            prompts=LatentPrompts.cat([part.prompts for part in parts]),
-            prompt_row=torch.cat(
-                [part.prompt_row + start for part, start in zip(parts, starts, strict=False)]
-            ),
+            parts[0],
+            **joined_prompts(parts),
             latents=torch.cat([part.latents for part in parts]),
             owner=_joined([part.owner for part in parts]),
         )
+
+
+def selected_prompts(payload: FlowPayload, rows: Tensor) -> dict[str, Any]:
+    """Return the fields ``prompts`` and ``prompt_row`` of the given rows."""
+    kept, prompt_row = torch.unique(payload.prompt_row[rows], return_inverse=True)
+    return {"prompts": payload.prompts.select(kept), "prompt_row": prompt_row}
+
+
+def joined_prompts(parts: Sequence[FlowPayload]) -> dict[str, Any]:
+    """Return the fields ``prompts`` and ``prompt_row`` of payloads joined row-wise."""
+    starts = itertools.accumulate((len(part.prompts) for part in parts), initial=0)
+    rows = [part.prompt_row + start for part, start in zip(parts, starts, strict=False)]
+    prompts = LatentPrompts.cat([part.prompts for part in parts])
+    return {"prompts": prompts, "prompt_row": torch.cat(rows)}
+
+
+def stored(trajectories: Trajectories, target: str) -> Tensor:
+    """Return the predictions ``[B, T, ...]`` that a divergence is measured from.
+
+    Raises:
+        MethodError: there are none.
+    """
+    found: Tensor | None = getattr(trajectories, f"{target}_prediction")
+    if found is None:
+        raise MethodError(
+            f"The divergence is measured from the {target} prediction, "
+            "and the trajectories have none."
+        )
+    return found
+
+
+def _entropy(out: StepOutput, reduce: str) -> Tensor:
+    """Entropy of the step's Gaussian: per latent element, or their sum."""
+    per_element = out.std.log() + (1 + math.log(2 * math.pi)) / 2
+    return per_element * (out.mean[0].numel() if reduce == "sum" else 1)
 
 
 def _check_same_sampling(one: LatentPayload, other: LatentPayload) -> None:

@@ -189,15 +189,27 @@ class TokenEvaluator:
 
         The results are placed at the N positions of ``keep [B, W]``.
         """
-        ids = payload.completion_ids[:, start : start + keep.shape[1]][keep]
-        temperature = payload.temperature[:, None].expand_as(keep)[keep]
-        read = self._tile_reader() if tiled else read_tokens
-        reading = read(states, ids, temperature, self.forbidden, with_entropy=entropy)
+        reading = self._read_kept(states, payload, keep, start, entropy, tiled)
         blank = reading.log_prob.new_zeros(keep.shape)
         return TokenReading(
             blank.masked_scatter(keep, reading.log_prob),
             None if reading.entropy is None else blank.masked_scatter(keep, reading.entropy),
         )
+
+    def _read_kept(
+        self,
+        states: Tensor,
+        payload: TokenPayload,
+        keep: Tensor,
+        start: int,
+        entropy: bool,
+        tiled: bool,
+    ) -> TokenReading:
+        """Read the N kept positions, of which column c is token ``start + c``; ``[N]`` results."""
+        ids = payload.completion_ids[:, start : start + keep.shape[1]][keep]
+        temperature = payload.temperature[:, None].expand_as(keep)[keep]
+        read = self._tile_reader() if tiled else read_tokens
+        return read(states, ids, temperature, self.forbidden, with_entropy=entropy)
 
     def _tile_reader(self) -> Callable[..., TokenReading]:
         head = self.model.get_output_embeddings()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -21,16 +21,16 @@ def trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 class Ema:
     """Float32 exponential moving average of a network's trainable parameters.
 
-    With ``warmup``, the decay in force after n updates is ``min(decay, (1 + n) / (10 + n))``, so
-    that a short run is not dominated by its start; without, it is ``decay`` throughout.
+    ``decay`` may be a function of the number of updates, the present one counted. With ``warmup``,
+    a number is the limit: the decay of the n-th update is ``min(decay, n / (9 + n))``, so that a
+    short run is not dominated by its start; without, it is ``decay`` throughout.
     """
 
-    def __init__(self, network: nn.Module, decay: float, *, warmup: bool = True) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ConfigError(f"The EMA decay must lie in [0, 1); got {decay}.")
+    def __init__(
+        self, network: nn.Module, decay: float | Callable[[int], float], *, warmup: bool = True
+    ) -> None:
         self._network = network
-        self._decay = decay
-        self._warmup = warmup
+        self._decay = decay if callable(decay) else _steady(decay, warmup)
         self._updates = 0
         self._values = {
             name: parameter.detach().to(torch.float32, copy=True)
@@ -40,12 +40,12 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the present weights; call it once after each optimiser step."""
-        warm = (1 + self._updates) / (10 + self._updates) if self._warmup else 1.0
         self._updates += 1
+        decay = self._decay(self._updates)
         parameters = dict(self._network.named_parameters())
         for name in self._values:
             value = _like(self._values[name], parameters[name])
-            self._values[name] = value.lerp_(parameters[name].float(), 1 - min(self._decay, warm))
+            self._values[name] = value.lerp_(parameters[name].float(), 1 - decay)
 
     def applied(self) -> AbstractContextManager[None]:
         """Within the context, the network has the averaged weights, in its own dtype."""
@@ -60,6 +60,12 @@ class Ema:
         check_names(self._values, {k: v for k, v in state.items() if k != _UPDATES})
         self._values = {name: state[name].to(torch.float32, copy=True) for name in self._values}
         self._updates = int(state[_UPDATES])
+
+
+def _steady(decay: float, warmup: bool) -> Callable[[int], float]:
+    if not 0.0 <= decay < 1.0:
+        raise ConfigError(f"The EMA decay must lie in [0, 1); got {decay}.")
+    return lambda updates: min(decay, updates / (9 + updates)) if warmup else decay
 
 
 @contextmanager

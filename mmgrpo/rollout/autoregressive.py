@@ -246,13 +246,18 @@ class AutoregressiveEngine:
         self, written: _Written, rows: Tensor, count: Tensor, logits: Tensor, uniforms: Tensor
     ) -> Tensor:
         """Draw the next token of ``rows [r]`` and write it at ``count [r]``."""
-        log_p = self.policy.log_distribution(logits, self._temperature or 1.0)
+        log_p = self._distribution(logits, written.ids, rows, count)
         tokens = self._draw(log_p, uniforms[rows, count])
         written.ids[rows, count] = tokens
         written.log_prob[rows, count] = log_p.gather(-1, tokens[:, None]).squeeze(-1)
         written.entropy[rows, count] = self.policy.entropy(log_p)
         written.mask[rows, count] = True
         return tokens
+
+    def _distribution(self, logits: Tensor, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:
+        """Return the ``[r, V]`` log-probabilities of token ``count [r]`` of ``rows [r]``."""
+        del ids, rows, count  # the logits alone decide
+        return self.policy.log_distribution(logits, self._temperature or 1.0)
 
     def _draw(self, log_p: Tensor, uniforms: Tensor) -> Tensor:
         if self._temperature == 0:

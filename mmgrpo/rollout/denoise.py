@@ -15,8 +15,6 @@ from torch import Tensor
 
 from mmgrpo.core.diffusion import STD_FLOOR, StepRule, Suffix, transition
 
-ODE = StepRule("ode", eta=0.0, sigma_max=1.0)
-
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(states ``[N, ...]``, noise level, their rows ``[N]``) -> velocities ``[N, ...]``."""
 Noise = Callable[[Tensor, int], Tensor]
@@ -33,6 +31,7 @@ class Course:
         suffix: what follows the last of them.
         stochastic: ``[T]`` bool, on the CPU.
         owner: ``[B, T + 1]`` int64.
+        stratum: ``[B]`` int64, which of the suffix's grids a row ends on.
     """
 
     sigmas: Tensor
@@ -40,6 +39,7 @@ class Course:
     suffix: Suffix
     stochastic: Tensor
     owner: Tensor
+    stratum: Tensor
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _advance(x: Tensor, index: int, course: Course, velocity: Velocity, noise: N
     found = found[torch.searchsorted(parents, course.owner[children, index])]
     before = x[children]
     drawn = bool(course.stochastic[index])
-    out = (course.rule if drawn else ODE).step(
+    out = (course.rule.at(index) if drawn else course.rule.still).step(
         found, before, sigma, sigma_next, noise=noise(children, index) if drawn else None
     )
     return _Step(out.x_next[back], (before - sigma * found)[back], out.log_prob[back], out.std)
@@ -102,25 +102,29 @@ def _advance(x: Tensor, index: int, course: Course, velocity: Velocity, noise: N
 
 def _solve(step: _Step, start: int, course: Course, velocity: Velocity) -> Tensor:
     """Return the final states ``[B, ...]``; the solver knows the last stochastic step's x0."""
-    sigmas = course.suffix.sigmas(course.sigmas, start)
-    rows, back = torch.unique(course.owner[:, start], return_inverse=True)
-    x, previous = step.x_next[rows], (step.x0[rows], course.sigmas[start - 1])
-    for sigma, sigma_next in itertools.pairwise(sigmas):
-        found = velocity(x, sigma, rows)
-        x0 = x - sigma * found
-        x = course.suffix.step(found, x, sigma, sigma_next, previous)
-        previous = (x0, sigma)
-    return x[back]
+    final = torch.empty_like(step.x_next)
+    for number, sigmas in enumerate(course.suffix.grids(course.sigmas, start)):
+        ending = (course.stratum == number).nonzero().squeeze(1)
+        rows, back = torch.unique(course.owner[ending, start], return_inverse=True)
+        x, previous = step.x_next[rows], (step.x0[rows], course.sigmas[start - 1])
+        for sigma, sigma_next in itertools.pairwise(sigmas):
+            found = velocity(x, sigma, rows)
+            x0 = x - sigma * found
+            x = course.suffix.step(found, x, sigma, sigma_next, previous)
+            previous = (x0, sigma)
+        final[ending] = x[back]
+    return final
 
 
 def step_sizes(sigmas: Tensor, rule: StepRule) -> tuple[Tensor, Tensor]:
-    """Std and length -dt of each step, ``[T]``; the last one never draws noise: its std is 0."""
+    """Std and length -dt of each step, ``[T]``; one that ends at sigma = 0 never draws noise."""
     sigma, sigma_next = sigmas[:-1], sigmas[1:]
     nothing = torch.zeros_like(sigma)
+    eta = rule.at(torch.arange(len(sigma), device=sigma.device)).eta
     _, std = transition(
-        rule.kernel, nothing, nothing, sigma, sigma_next, eta=rule.eta, sigma_max=rule.sigma_max
+        rule.kernel, nothing, nothing, sigma, sigma_next, eta=eta, sigma_max=rule.sigma_max
     )
-    return torch.cat([std[:-1], std.new_zeros(1)]), sigma - sigma_next
+    return torch.where(sigma_next > 0, std, 0.0), sigma - sigma_next
 
 
 def nodes(owner: Tensor, group_size: int, mask: Tensor) -> Tensor | None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmgrpo.core.credit import node_weight
 from mmgrpo.core.diffusion import (
+    AUTO,
+    FLOW,
     KERNELS,
+    MatchingRule,
+    Process,
     Selection,
     StepRule,
     Suffix,
     Tree,
-    linear_shift,
+    fan_out,
     select_steps,
 )
 from mmgrpo.core.seeding import generator, mix_seed
@@ -23,43 +27,14 @@ from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import ConfigError, MmgrpoError, nearest
 from mmgrpo.protocols import Cost, Prompt, Rollout, Sample
 from mmgrpo.rollout.denoise import Course, Drawn, denoise, nodes, step_sizes
+from mmgrpo.rollout.flow_model import FlowModel
+from mmgrpo.rollout.matching import draw_matching, on_clean_samples
+from mmgrpo.rollout.rows import Rows, lay_out
 
 ALL_BUT_LAST: Mapping[str, Any] = {"kind": "all_but_last"}
 LINEAR = Tree()
 OWN_GRID = Suffix()
-
-
-class FlowModel(Protocol):
-    """What the engine asks of a policy."""
-
-    family: Any
-    forwards: int
-
-    @property
-    def device(self) -> torch.device:
-        """Where to sample."""
-        ...
-
-    def encode(self, prompts: Sequence[Prompt], *, guidance_scale: float | None = None) -> Any:
-        """Return what guides P prompts."""
-        ...
-
-    def velocity(self, latents: Tensor, sigma: Tensor, prompts: Any, prompt_row: Tensor) -> Tensor:
-        """Return ``[N, ...]`` float32."""
-        ...
-
-    def payload(
-        self,
-        prompts: Any,
-        prompt_row: Tensor,
-        latents: Tensor,
-        sigmas: Tensor,
-        rule: StepRule,
-        *,
-        owner: Tensor | None = None,
-    ) -> Any:
-        """Bind the states to their prompts, to how they were sampled and to who shares them."""
-        ...
+DENOISING = MatchingRule()
 
 
 class FlowEngine:
@@ -67,7 +42,9 @@ class FlowEngine:
 
     Sample g of prompt p has its own noise streams, named by (seed, p.index, g): the initial latent
     and the noise of each step depend on nothing else, whatever the batch, the selection or the
-    device. Samples that share a state share its streams, named after the first.
+    device. Samples that share a state share its streams, named after the first. A suffix of several
+    strides ends every sample on each of them: the group then has a row for each sample and stride,
+    the first stride's first, and ``stratum`` tells which.
 
     Attributes:
         sigmas: ``[S + 1]`` float32 noise levels.
@@ -84,13 +61,16 @@ class FlowEngine:
         num_steps: int,
         height: int | None = None,
         width: int | None = None,
-        kernel: str = "flow_sde",
-        eta: float = 0.7,
+        num_frames: int | None = None,
+        kernel: str = AUTO,
+        eta: float | None = None,
+        noise_growth: float = 0.0,
         reduce: str = "mean",
         selection: Mapping[str, Any] = ALL_BUT_LAST,
         shared_noise: bool = False,
         tree: Tree = LINEAR,
         suffix: Suffix = OWN_GRID,
+        matching: MatchingRule = DENOISING,
         schedule: Tensor | None = None,
         shift: float | None = None,
         guidance_scale: float | None = None,
@@ -104,14 +84,18 @@ class FlowEngine:
             num_steps: number of denoising steps S.
             height: of the images, in pixels; None takes the model's own size.
             width: of the images, in pixels; None takes the model's own size.
-            kernel: step kernel of the stochastic steps; ``ode`` draws without decisions, for
-                evaluation.
-            eta: noise scale of the kernel.
+            num_frames: of the videos; None takes the model's own number, or draws images.
+            kernel: step kernel of the stochastic steps; ``auto`` is the family's own, ``ode``
+                draws without decisions, for evaluation.
+            eta: noise scale of the kernel; None takes the published one.
+            noise_growth: how much larger it gets over the stochastic steps, see
+                :meth:`mmgrpo.core.diffusion.StepRule.growing`.
             reduce: ``mean`` or ``sum`` of the log-density over the latent elements.
             selection: which steps are stochastic and trained; the last step never is.
             shared_noise: one initial latent for all samples of a prompt.
             tree: which denoising steps the samples of a prompt share.
             suffix: how the steps after the last stochastic one are solved.
+            matching: whether the decisions are draws on the clean samples instead of steps.
             schedule: ``[S + 1]`` noise levels; None takes what the pipeline itself would use.
             shift: static shift of a uniform schedule, in place of ``schedule``.
             guidance_scale: None takes the policy's.
@@ -121,19 +105,22 @@ class FlowEngine:
         Raises:
             ConfigError: an option that does not fit the model or another option.
         """
-        if kernel not in KERNELS:
-            raise ConfigError(f"Unknown kernel '{kernel}'{nearest(kernel, KERNELS)}")
+        kernel = _kernel(policy.family.process, kernel, suffix)
+        eta = KERNELS[kernel].eta if eta is None else eta
         if eta < 0:
             raise ConfigError(f"eta must be at least 0; got {eta}.")
         self.policy = policy
         self.height = height or policy.family.default_size
         self.width = width or policy.family.default_size
-        self.shape = policy.family.latent_shape(self.height, self.width)
+        frames = {} if num_frames is None else {"num_frames": num_frames}
+        self.shape = policy.family.latent_shape(self.height, self.width, **frames)
         self.sigmas = self._schedule(num_steps, schedule, shift)
         self.rule = StepRule(kernel, eta, self.sigmas[1].item(), reduce)
+        self.noise_growth = noise_growth
         self.shared_noise = shared_noise
         self.tree = tree
         self.suffix = suffix
+        self.matching = matching
         self.guidance_scale = guidance_scale
         if guidance_scale is not None:
             policy.family.needs_negative(guidance_scale)
@@ -148,15 +135,17 @@ class FlowEngine:
         if schedule is not None and shift is not None:
             raise ConfigError("Give a schedule or a shift, not both.")
         if shift is not None:
-            return linear_shift(num_steps, shift=shift)
+            return self.policy.family.shifted(num_steps, shift)
         if schedule is None:
             schedule = self.policy.family.schedule(num_steps, height=self.height, width=self.width)
         sigmas = schedule.float()
         falling = sigmas.dim() == 1 and bool((sigmas.diff() < 0).all())
-        if len(sigmas) != num_steps + 1 or not falling or sigmas[0] > 1 or sigmas[-1] != 0:
+        end = self.policy.family.final_sigma
+        if len(sigmas) != num_steps + 1 or not falling or sigmas[0] > 1 or sigmas[-1] != end:
             raise ConfigError(
-                f"The schedule must fall from at most 1 to 0 in num_steps + 1 = {num_steps + 1} "
-                f"values; got {[round(value, 4) for value in sigmas.flatten().tolist()]}."
+                f"The schedule must fall from at most 1 to {end} in num_steps + 1 = "
+                f"{num_steps + 1} values; "
+                f"got {[round(value, 4) for value in sigmas.flatten().tolist()]}."
             )
         return sigmas
 
@@ -175,11 +164,11 @@ class FlowEngine:
         version: int = 0,
         iteration: int = 0,
     ) -> Rollout:
-        """Draw ``group_size`` images per prompt.
+        """Draw ``group_size`` images per prompt and stride of the suffix.
 
         Args:
             prompts: plain text prompts with distinct indices.
-            group_size: images per prompt.
+            group_size: samples per prompt.
             seed: names the rollout.
             version: of the weights.
             iteration: training iteration, which moving windows follow.
@@ -190,55 +179,57 @@ class FlowEngine:
             MmgrpoError: the network's output is not finite.
         """
         before, device = self.policy.forwards, self.policy.device
-        encoded = self.policy.encode(prompts, guidance_scale=self.guidance_scale)
-        names = [(seed, prompt.index, member) for prompt in prompts for member in range(group_size)]
-        prompt_row = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
-        selection = self._select(seed, [mix_seed(*name) for name in names], iteration)
+        size = (self.height, self.width)
+        encoded = self.policy.encode(prompts, guidance_scale=self.guidance_scale, size=size)
+        strata = len(self.suffix.strides)
+        rows = lay_out(prompts, group_size=group_size, strata=strata, seed=seed, device=device)
+        selection = self._select(seed, [mix_seed(*name) for name in rows.names], iteration)
+        rule = self.rule.growing(self.noise_growth, selection.stochastic)
         owner = self._owners(group_size, len(prompts), selection).to(device)
-        drawn = self._draw(encoded, prompt_row, names, selection, owner)
-        mask = selection.trained.to(device) & drawn.random
         sigmas = self.sigmas.to(device)
-        std, length = step_sizes(sigmas, self.rule)
+        course = Course(sigmas, rule, self.suffix, selection.stochastic, owner, rows.stratum)
+        drawn = self._draw(encoded, rows, course)
+        mask = selection.trained.to(device) & drawn.random
+        std, length = step_sizes(sigmas, rule)
         trajectories = Trajectories(
-            group=torch.tensor([index for _, index, _ in names], device=device),
+            group=torch.tensor([prompt.index for prompt in rows.prompts], device=device),
             mask=mask,
             old_log_prob=drawn.log_prob * mask,
-            version=torch.full_like(prompt_row, version),
-            node=nodes(owner, group_size, mask),
+            version=torch.full_like(rows.prompt_row, version),
+            node=nodes(owner, group_size * strata, mask),
+            stratum=rows.stratum if strata > 1 else None,
             step_std=std.repeat(len(mask), 1),
             step_length=length.repeat(len(mask), 1),
             payload=self.policy.payload(
-                encoded, prompt_row, drawn.latents, sigmas, self.rule, owner=owner
+                encoded, rows.prompt_row, drawn.latents, sigmas, rule, owner=owner
             ),
         )
-        images = self._images(drawn.latents[:, -1])
-        owners = [prompt for prompt in prompts for _ in range(group_size)]
-        samples = [Sample(owner, image=image) for owner, image in zip(owners, images, strict=True)]
+        if self.matching.on:
+            clean = drawn.latents[:, -1].clone()
+            process = self.policy.family.process
+            draws = draw_matching(clean, rows.names, self.matching, self.sigmas, process)
+            bound = self.policy.matching_payload(encoded, rows.prompt_row, clean, self.matching)
+            trajectories = on_clean_samples(trajectories, *draws, bound)
+        kind, made = self.policy.family.modality, self._decoded(drawn.latents[:, -1])
+        pairs = zip(rows.prompts, made, strict=True)
+        samples = [Sample(prompt, **{kind: one}) for prompt, one in pairs]
         forwards = self.policy.forwards - before
         cost = Cost(forwards=forwards, decisions=round(float(node_weight(trajectories).sum())))
         return Rollout(trajectories, samples, cost)
 
-    def _draw(
-        self,
-        encoded: Any,
-        prompt_row: Tensor,
-        names: Sequence[tuple[int, ...]],
-        selection: Selection,
-        owner: Tensor,
-    ) -> Drawn:
-        device = prompt_row.device
+    def _draw(self, encoded: Any, rows: Rows, course: Course) -> Drawn:
+        device, names = rows.prompt_row.device, rows.names
         starts = [
-            names[row][:2] if self.shared_noise else names[row] for row in owner[:, 0].tolist()
+            names[row][:2] if self.shared_noise else names[row]
+            for row in course.owner[:, 0].tolist()
         ]
 
-        def velocity(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
-            return self._velocity(x, sigma, encoded, prompt_row[rows])
+        def velocity(x: Tensor, sigma: Tensor, chosen: Tensor) -> Tensor:
+            return self._velocity(x, sigma, encoded, rows.prompt_row[chosen])
 
-        def noise(rows: Tensor, index: int) -> Tensor:
-            return self._noise([(*names[row], index) for row in rows.tolist()], device)
+        def noise(chosen: Tensor, index: int) -> Tensor:
+            return self._noise([(*names[row], index) for row in chosen.tolist()], device)
 
-        sigmas, stochastic = self.sigmas.to(device), selection.stochastic
-        course = Course(sigmas, self.rule, self.suffix, stochastic, owner)
         drawn = denoise(self._noise(starts, device), course, velocity, noise)
         _check_finite(drawn.latents[:, -1])
         return drawn
@@ -249,15 +240,18 @@ class FlowEngine:
             one = self.tree.owners(group_size, selection.stochastic, shared_start=self.shared_noise)
         except ValueError as error:
             raise ConfigError(f"The rollout's tree does not fit: {error}") from error
-        first = torch.arange(prompts) * group_size
+        if len(self.suffix.strides) > 1:
+            level = int(selection.stochastic.nonzero().max()) + 1
+            one = fan_out(one, level, len(self.suffix.strides))
+        first = torch.arange(prompts) * len(one)
         return (first[:, None, None] + one).flatten(0, 1)
 
     def _select(self, seed: int, sample_seeds: Sequence[int], iteration: int = 0) -> Selection:
-        if self.rule.kernel == "ode" or self.rule.eta == 0:
+        if self.rule.is_still:
             nothing = torch.zeros(self.num_steps, dtype=torch.bool)
             return Selection(nothing, nothing.repeat(len(sample_seeds), 1))
         try:
-            return select_steps(
+            chosen = select_steps(
                 self.selection,
                 self.num_steps,
                 seed=seed,
@@ -266,6 +260,8 @@ class FlowEngine:
             )
         except ValueError as error:
             raise ConfigError(f"The step selection does not fit: {error}") from error
+        noisy = self.sigmas[1:] > 0
+        return Selection(chosen.stochastic & noisy, chosen.trained & noisy)
 
     def _noise(self, names: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
         """Return ``[B, ...]`` standard normal, each row from the stream of its name."""
@@ -282,11 +278,23 @@ class FlowEngine:
             ]
         )
 
-    def _images(self, latents: Tensor) -> list[Any]:
+    def _decoded(self, latents: Tensor) -> list[Any]:
         if not self.decode:
             return [None] * len(latents)
         parts = latents.split(self.max_rows or len(latents))
-        return [image for part in parts for image in self.policy.family.decode(part)]
+        return [made for part in parts for made in self.policy.family.decode(part)]
+
+
+def _kernel(process: Process, name: str, suffix: Suffix) -> str:
+    """The step kernel that ``name`` means for the process; refuse what does not go together."""
+    if name not in (AUTO, *KERNELS):
+        raise ConfigError(f"Unknown kernel '{name}'{nearest(name, (AUTO, *KERNELS))}")
+    if process is not FLOW and not suffix.plain:
+        raise ConfigError(f"A suffix solves the ODE of a flow model, and this is {process.name}.")
+    try:
+        return process.kernel(name)
+    except ValueError as error:
+        raise ConfigError(f"The {error}") from error
 
 
 def _check_finite(latents: Tensor) -> None:

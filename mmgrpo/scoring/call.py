@@ -50,8 +50,10 @@ def keywords(samples: Sequence[Sample]) -> dict[str, Any]:
     columns = {n: None for s in samples for n in s.prompt.columns if n not in RESERVED}
     values: dict[str, Any] = {n: [s.prompt.columns.get(n) for s in samples] for n in columns}
     values["prompts"] = [sample.prompt.content for sample in samples]
-    if all(sample.image is not None for sample in samples):
-        return values | {"images": [sample.image for sample in samples]}
+    for made in ("image", "video"):
+        if all(getattr(sample, made) is not None for sample in samples):
+            values["self_answers"] = [sample.self_answers for sample in samples]
+            return values | {f"{made}s": [getattr(sample, made) for sample in samples]}
     values["completions"] = [_completion(sample) for sample in samples]
     values["truncated"] = [sample.truncated for sample in samples]
     if any(sample.prompt.images for sample in samples):

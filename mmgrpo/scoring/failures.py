@@ -62,7 +62,8 @@ def save_failures(
 
 
 def _record(folder: Path, name: str, index: int, sample: Sample, cause: str) -> dict[str, object]:
-    images = list(sample.prompt.images) if sample.image is None else [sample.image]
+    made = sample.video if sample.image is None else [sample.image]
+    images = list(sample.prompt.images if made is None else made)
     files = [f"{name}_sample{index}_{number}.png" for number in range(len(images))]
     for file, image in zip(files, images, strict=True):
         image.save(folder / file)

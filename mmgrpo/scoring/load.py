@@ -19,6 +19,8 @@ SAMPLE_ARGUMENTS: Mapping[str, frozenset[str]] = {
     "text": _TEXT_ARGUMENTS - {"images"},
     "vision": _TEXT_ARGUMENTS,
     "image": frozenset({"prompts", "images"}),
+    "video": frozenset({"prompts", "videos"}),
+    "image_tokens": frozenset({"prompts", "images", "self_answers"}),
 }
 """Modality -> what a reward is given about each sample, beside the data's columns."""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mmgrpo.protocols import Sample
+from mmgrpo.tracking.clips import contact_sheet, save_animation
 from mmgrpo.tracking.pictures import Cell, draw_grid
 
 SUFFIXES = {"train": "", "eval": "_eval"}
@@ -31,8 +32,8 @@ def write_samples(
     """Write ``samples/step_NNNNNN.*`` (``step_NNNNNN_eval.*`` for evaluations).
 
     Text gives a transcript ``.md`` (and a ``.png`` of the prompts' images, if they have some);
-    generated images give one ``.png`` with a row for each group. Beside either, a ``.jsonl`` with
-    one object per sample.
+    generated images give one ``.png`` with a row for each group, videos one of contact sheets and
+    a ``.gif`` that plays them. Beside either, a ``.jsonl`` with one object per sample.
 
     Args:
         run_dir: the run folder.
@@ -60,10 +61,11 @@ def write_samples(
         for group in groups
         for index in group
     }
-    if any(samples[index].image is not None for index in records):
-        picture = draw_samples(samples, records, groups)
-        picture.save(folder / f"{stem}.png")
+    if any(still(samples[index]) is not None for index in records):
         main = folder / f"{stem}.png"
+        draw_samples(samples, records, groups).save(main)
+        if any(samples[index].video is not None for index in records):
+            _play(samples, records, groups, main.with_suffix(".gif"))
     else:
         has_images = _draw_prompts(samples, groups, folder / f"{stem}.png")
         main = folder / f"{stem}.md"
@@ -120,20 +122,27 @@ def transcript(
     return "\n".join(lines)
 
 
+def still(sample: Sample) -> Any:
+    """Return the sample's image, or a contact sheet of its video."""
+    return sample.image if sample.video is None else contact_sheet(sample.video)
+
+
 def draw_samples(
     samples: Sequence[Sample],
     records: Mapping[int, Mapping[str, Any]],
     groups: Sequence[Sequence[int]],
+    picture: Callable[[Sample], Any] = still,
 ) -> Any:
-    """Draw generated images with their scores: a row per group, under its prompt.
+    """Draw what was generated with its scores: a row per group, under its prompt.
 
-    Groups of one are laid out four in a row, each with its prompt in the caption.
+    Groups of one are laid out four in a row, each with its prompt in the caption. ``picture`` says
+    what shows a sample.
     """
     several = any(len(group) > 1 for group in groups)
 
     def cell(index: int) -> Cell:
         own = [] if several else [prompt_text(samples[index].prompt.content)]
-        return Cell(samples[index].image, (*own, *_captions(records[index])))  # type: ignore[arg-type]
+        return Cell(picture(samples[index]), (*own, *_captions(records[index])))
 
     if several:
         titles = [prompt_text(samples[group[0]].prompt.content) for group in groups]
@@ -141,6 +150,24 @@ def draw_samples(
     cells = [cell(index) for group in groups for index in group]
     width = COLUMNS_WITHOUT_GROUPS
     return draw_grid([cells[start : start + width] for start in range(0, len(cells), width)])
+
+
+def _play(
+    samples: Sequence[Sample],
+    records: Mapping[int, Mapping[str, Any]],
+    groups: Sequence[Sequence[int]],
+    path: Path,
+) -> None:
+    """Write the grid as an animation: page n has frame n of every video, or its last."""
+
+    def page(number: int) -> Any:
+        def frame(sample: Sample) -> Any:
+            assert sample.video is not None
+            return sample.video[min(number, len(sample.video) - 1)]
+
+        return draw_samples(samples, records, groups, frame)
+
+    save_animation([samples[index].video or () for index in records], page, path)
 
 
 def prompt_text(content: str | list[dict[str, Any]]) -> str:
@@ -173,6 +200,7 @@ def _record(
         "advantage": advantage,
         "truncated": sample.truncated,
         "length": sample.length,
+        **({"mismatch": list(sample.mismatch)} if sample.mismatch else {}),
     }
 
 

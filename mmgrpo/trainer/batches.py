@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmgrpo.core.aggregation import Denominators
 from mmgrpo.core.collective import Collective
+from mmgrpo.core.credit import carried_once
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.protocols import Evaluation
 from mmgrpo.trainer.parts import Collected, MethodLike
@@ -118,6 +119,19 @@ def without_idle(batch: Trajectories, method: MethodLike, total: Denominators) -
         return batch
     same = len(rows) == 0 or torch.allclose(_pull(fewer, method, total, rows), whole[:, rows])
     return fewer if same else batch
+
+
+def without_repeats(batch: Trajectories, method: MethodLike, size: int | None) -> Trajectories:
+    """Leave a decision that rows share to one of them, where the batch is cut into pieces.
+
+    Otherwise each piece would evaluate it. Only where the loss is a sum over decisions.
+    """
+    cut = size is not None and size < len(batch)
+    if not cut or batch.node is None or batch.rollout_log_prob is not None:
+        return batch
+    if not method.per_decision:
+        return batch
+    return trained(carried_once(batch), torch.arange(len(batch), device=batch.mask.device))
 
 
 def _pull(

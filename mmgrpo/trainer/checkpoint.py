@@ -81,7 +81,9 @@ def load_checkpoint(path: Path, parts: Parts) -> State:
 
 def _holders(parts: Parts) -> dict[str, Any]:
     """Everything with tensors that move, or that nothing else could bring back."""
-    return {"optimizer": parts.optimizer, **parts.second_weights}
+    history = {} if parts.history is None else {"history": parts.history}
+    control = {} if parts.entropy_control is None else {"entropy_control": parts.entropy_control}
+    return {"optimizer": parts.optimizer, **parts.second_weights, **history, **control}
 
 
 def _write(folder: Path, parts: Parts, state: State, config: dict[str, Any]) -> None:

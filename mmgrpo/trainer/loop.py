@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from mmgrpo.trainer.step import train_step
 logger = logging.getLogger(__name__)
 
 RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
-"""Largest ratio - 1 before an update that rounding in a dtype explains."""
+"""Largest ratio - 1 before an update that rounding in a dtype explains, for whole log-densities."""
 
 
 def fit(parts: Parts, config: Config) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def fit(parts: Parts, config: Config) -> dict[str, Any]:
                 raise _interrupt(parts, state, config)
             collected = _step(parts, state, config)
             if state.step == first:
-                check_on_policy(state.metrics, config.model.dtype)
+                check_on_policy(state.metrics, config.model.dtype, parts.policy.ratio_tolerance)
             last = finished(parts, state, config)
             if parts.evaluator is not None and (last or _due(state, config.eval.every)):
                 state.metrics.update(_evaluate(parts, state))
@@ -86,13 +86,15 @@ def _step(parts: Parts, state: State, config: Config) -> Collected:
         raise
 
 
-def check_on_policy(metrics: dict[str, Any], dtype: str) -> None:
+def check_on_policy(
+    metrics: dict[str, Any], dtype: str, tolerance: Mapping[str, float] = RATIO_TOLERANCE
+) -> None:
     """Before an update the ratio must be 1: warn, and say where to look, if it is not."""
     deviation = metrics["ratio/first_max_deviation"]
-    if deviation > RATIO_TOLERANCE[dtype]:
+    if deviation > tolerance[dtype]:
         warnings.warn(
             f"before the first update the ratio deviates from 1 by {deviation:.2g} (expected at "
-            f"most {RATIO_TOLERANCE[dtype]:g} in {dtype}): rollout and training do not compute the "
+            f"most {tolerance[dtype]:g} in {dtype}): rollout and training do not compute the "
             "same log-probability. Look at temperature and guidance, dropout, the attention "
             "implementation, and the precision of logits or latents.",
             stacklevel=2,

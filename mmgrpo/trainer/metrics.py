@@ -12,6 +12,7 @@ import torch
 
 from mmgrpo.core.collective import Collective
 from mmgrpo.core.groups import group_index, group_std, uniform_groups
+from mmgrpo.core.mismatch import mismatch_metrics, sampled_log_probs
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.protocols import Cost
 from mmgrpo.trainer.parts import Loss, MethodLike
@@ -86,6 +87,12 @@ class Report:
             self.mean("length/truncated_fraction", trajectories.truncated[rows].float())
         if trajectories.entropy is not None:
             self.mean("entropy", trajectories.entropy[trajectories.mask])
+
+    def mismatch(self, trajectories: Trajectories, collective: Collective) -> None:
+        """How far a separate engine was from the policy, over all ranks; nothing without one."""
+        found = sampled_log_probs(trajectories)
+        if found is not None:
+            self.values.update(mismatch_metrics(collective.gather(found)))
 
     def loss(self, output: Loss, *, scale: float = 1.0) -> None:
         """Add one micro-batch's share of the update's averages.

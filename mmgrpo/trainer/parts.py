@@ -61,6 +61,11 @@ class MethodLike(Protocol):
         """What it reads of an evaluation."""
         ...
 
+    @property
+    def per_decision(self) -> bool:
+        """Whether the loss is a sum over decisions, in which their rows play no part."""
+        ...
+
     def score(self, trajectories: Trajectories) -> Tensor:
         """Return the ``[B]`` weighted sum of the rewards."""
         ...
@@ -108,6 +113,34 @@ class Average(Weights, Protocol):
         ...
 
 
+class History(Protocol):
+    """Earlier rewards of each prompt; see :class:`mmgrpo.trainer.history.RewardHistory`."""
+
+    def add(self, prompt: Tensor, score: Tensor, collective: Collective) -> tuple[Tensor, Tensor]:
+        """Add rewards ``[B]``; return mean and standard deviation ``[B]`` of the prompts'."""
+        ...
+
+    def commit(self) -> None:
+        """Keep what was added."""
+        ...
+
+
+class EntropyControl(Protocol):
+    """See :class:`mmgrpo.core.entropy_control.EntropyControl`."""
+
+    def weigh(self, trajectories: Trajectories, collective: Collective) -> Trajectories:
+        """Say how much each decision's entropy counts in the loss."""
+        ...
+
+    def observe(self, trajectories: Trajectories, entropy: Tensor) -> None:
+        """Take in the entropies of a micro-batch."""
+        ...
+
+    def update(self, collective: Collective) -> dict[str, float]:
+        """Move the coefficients after an optimiser step; return numbers to report."""
+        ...
+
+
 @dataclass
 class Evaluator:
     """Held-out prompts with their own sampling settings and judge.
@@ -135,7 +168,11 @@ class Evaluator:
 
 @dataclass
 class Parts:
-    """Everything a step touches, seen through the protocols."""
+    """Everything a step touches, seen through the protocols.
+
+    ``old`` is the average that a method compares with in place of the last weights, and
+    ``old_samples`` whether it draws the samples too.
+    """
 
     policy: Policy
     method: MethodLike
@@ -149,15 +186,30 @@ class Parts:
     greedy_engine: RolloutEngine | None = None
     evaluator: Evaluator | None = None
     ema: Average | None = None
+    history: History | None = None
+    old: Average | None = None
+    old_samples: bool = False
+    entropy_control: EntropyControl | None = None
     trackers: Sequence[Tracker] = ()
     write_samples: Callable[..., Any] | None = None
     finish: Callable[[Path], Any] | None = None
 
     @property
     def second_weights(self) -> dict[str, Weights]:
-        """The weights beside the network's own: the reference and the average."""
-        average = {} if self.ema is None else {"ema": self.ema}
-        return {"reference": self.policy.reference_weights, **average}
+        """The weights beside the network's own: the reference and the averages."""
+        averages = {"ema": self.ema, "old": self.old}
+        kept = {name: average for name, average in averages.items() if average is not None}
+        return {"reference": self.policy.reference_weights, **kept}
+
+    @property
+    def old_weights(self) -> AbstractContextManager[None]:
+        """The weights that the method compares with: the last, or their average."""
+        return nullcontext() if self.old is None else self.old.applied()
+
+    @property
+    def sampling_weights(self) -> AbstractContextManager[None]:
+        """The weights that draw the samples."""
+        return self.old_weights if self.old_samples else nullcontext()
 
     @property
     def evaluation_weights(self) -> AbstractContextManager[None]:

@@ -25,8 +25,10 @@ from mmgrpo.trainer.batches import (
     minibatches,
     trained,
     without_idle,
+    without_repeats,
 )
 from mmgrpo.trainer.distributed import anchored, evaluate_through, together
+from mmgrpo.trainer.history import remember
 from mmgrpo.trainer.metrics import Report
 from mmgrpo.trainer.optim import learning_rate_at
 from mmgrpo.trainer.parts import Collected, Parts, State
@@ -41,6 +43,8 @@ def train_step(parts: Parts, state: State, config: Config) -> Collected:
     collected = collect(parts, state, config, report)
     trajectories = credit(parts, collected.trajectories, config, report)
     update(parts, trajectories, state, config, report)
+    if parts.history is not None:
+        parts.history.commit()
     state.step += 1
     state.metrics = {"step": state.step, **report.finish(parts.collective)}
     state.decisions += state.metrics["count/generated_decisions"]
@@ -64,7 +68,7 @@ def collect(parts: Parts, state: State, config: Config, report: Report) -> Colle
         merged = choose_groups(merged, spread, size, parts.collective)
     report.rewards(parts.method, merged.trajectories)
     report.mismatch(merged.trajectories, parts.collective)
-    return merged
+    return remember(parts, merged)
 
 
 def sample(parts: Parts, state: State, config: Config, report: Report) -> Collected:
@@ -75,18 +79,19 @@ def sample(parts: Parts, state: State, config: Config, report: Report) -> Collec
         prompts = parts.prompts.batch(state.draws, size, rank=rank, world=world)
         seed, first = mix_seed(config.seed, state.draws), state.draws * size + rank * size // world
         state.draws += 1
-        rollout = parts.engine.generate(
-            prompts,
-            group_size=config.rollout.group_size,
-            seed=seed,
-            version=state.updates,
-            iteration=state.step,
-        )
-        report.cost(rollout.cost)
         greedy = None
-        if parts.greedy_engine is not None:
-            greedy = parts.greedy_engine.generate(prompts, group_size=1, seed=seed)
-            report.cost(greedy.cost)
+        with parts.sampling_weights:
+            rollout = parts.engine.generate(
+                prompts,
+                group_size=config.rollout.group_size,
+                seed=seed,
+                version=state.updates,
+                iteration=state.step,
+            )
+            report.cost(rollout.cost)
+            if parts.greedy_engine is not None:
+                greedy = parts.greedy_engine.generate(prompts, group_size=1, seed=seed)
+                report.cost(greedy.cost)
     number = {prompt.index: first + place for place, prompt in enumerate(prompts)}
     group = rollout.trajectories.group
     numbered = torch.tensor([number[index] for index in group.tolist()], device=group.device)
@@ -113,11 +118,19 @@ def credit(
     """Add what the method needs of the reference, then turn rewards into advantages."""
     needs = parts.method.needs
     with report.timer("time/update_s"), torch.no_grad():
+        predicted = "old_prediction" in needs
         if needs & {"ref_log_prob", "ref_prediction"}:
             with parts.policy.reference():
-                trajectories = _record(parts, trajectories, config, report, prefix="ref")
-        if "old_prediction" in needs:
-            trajectories = _record(parts, trajectories, config, report, prefix="old")
+                trajectories = _record(
+                    parts, trajectories, config, report, "ref", "ref_prediction" in needs
+                )
+        if trajectories.old_log_prob is None:
+            once = predicted and (parts.old is None or parts.old_samples)
+            with parts.sampling_weights:
+                trajectories = _record(parts, trajectories, config, report, "old", once)
+        if predicted and trajectories.old_prediction is None:
+            with parts.old_weights:
+                trajectories = _record(parts, trajectories, config, report, "old", True)
         return parts.method.prepare(trajectories, collective=parts.collective)
 
 
@@ -150,13 +163,17 @@ def optimise(
     total = denominators(batch, parts.collective)
     if total.decisions < 0.5:
         return
+    control = parts.entropy_control
+    if control is not None:
+        batch = control.weigh(batch, parts.collective)
     fewer = without_idle(batch, parts.method, total)
     evaluated = denominators(fewer, parts.collective).decisions
     if evaluated < 0.5:
         fewer, evaluated = batch, total.decisions
-    batch = fewer
+    size = config.trainer.micro_batch_size
+    batch = without_repeats(fewer, parts.method, size)
     whole_groups = "whole_groups" in parts.method.needs
-    pieces = micro_batches(batch, config.trainer.micro_batch_size, whole_groups=whole_groups)
+    pieces = micro_batches(batch, size, whole_groups=whole_groups)
     for number, rows in enumerate(pieces, start=1):
         last = number == len(pieces)
         with nullcontext() if last else parts.accelerator.no_sync(parts.network):
@@ -170,6 +187,8 @@ def optimise(
             parts.accelerator.backward(loss)
             report.cost(Cost(forwards=parts.policy.forwards - before, backwards=1))
             report.loss(output, scale=total.decisions / evaluated)
+            if control is not None and evaluation.entropy is not None:
+                control.observe(micro, evaluation.entropy)
     limit = config.trainer.max_grad_norm or math.inf
     norm = float(parts.accelerator.clip_grad_norm_(parts.optimizer.parameters.values(), limit))
     if not math.isfinite(norm):
@@ -180,14 +199,22 @@ def optimise(
     parts.optimizer.step(rate)
     for weights in parts.second_weights.values():
         weights.update()
+    if control is not None:
+        for name, value in control.update(parts.collective).items():
+            report.value(name, value)
     report.update_done(grad_norm=norm)
 
 
 def _record(
-    parts: Parts, trajectories: Trajectories, config: Config, report: Report, *, prefix: str
+    parts: Parts,
+    trajectories: Trajectories,
+    config: Config,
+    report: Report,
+    prefix: str,
+    prediction: bool,
 ) -> Trajectories:
-    """Store log-probabilities and predictions under the weights that are active now."""
-    request = Request(prediction=f"{prefix}_prediction" in parts.method.needs)
+    """Store what is missing of the log-probabilities under the active weights, and predictions."""
+    request = Request(prediction=prediction)
     before = parts.policy.forwards
     found = [
         parts.policy.evaluate(trajectories.select(rows), request)
@@ -195,7 +222,7 @@ def _record(
     ]
     report.cost(Cost(forwards=parts.policy.forwards - before))
     changes = {}
-    if prefix != "old":  # of the old policy, the rollout has kept the log-probabilities
+    if getattr(trajectories, f"{prefix}_log_prob") is None:  # an old one mostly is the rollout's
         changes[f"{prefix}_log_prob"] = torch.cat([one.log_prob for one in found])
     if request.prediction:
         predictions = [one.prediction for one in found if one.prediction is not None]

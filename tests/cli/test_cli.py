@@ -12,6 +12,7 @@ import typer
 import mmgrpo
 from mmgrpo.cli.main import app, main
 from mmgrpo.config import list_presets, load_config
+from mmgrpo.config.modalities import MODALITIES
 from mmgrpo.config.paths import config_name, packaged_configs
 from mmgrpo.errors import DataError, Interrupted, MissingExtraError, RewardError
 
@@ -215,7 +216,7 @@ def test_methods_lists_every_preset_as_json(capsys):
             "id", "title", "paper", "family", "modalities", "needs", "components",
         }  # fmt: skip
         assert record["modalities"]
-        assert {*record["modalities"]} <= {"text", "vision", "image"}
+        assert {*record["modalities"]} <= MODALITIES.keys()
         assert all(isinstance(need, str) for need in record["needs"])
         assert record["components"]
         assert "arXiv:" in record["paper"]
@@ -240,3 +241,61 @@ def test_methods_as_text_names_every_id(capsys, monkeypatch):
 def test_an_unknown_method_ends_with_2(capsys):
     assert main(["methods", "drgrpo"]) == 2
     assert capsys.readouterr().err == "error: unknown method 'drgrpo'; did you mean 'dr-grpo'?\n"
+
+
+# -- serve --------------------------------------------------------------------------------------
+
+
+def test_serve_shows_vllm_s_command_and_does_not_load_it(folder):
+    url = "rollout.engine={name: vllm, url: 'http://10.0.0.5:8123', options: {max_num_seqs: 64}}"
+    code = (
+        "import sys; from mmgrpo.cli.main import main; "
+        f"code = main(['serve', 'run.yaml', '--dry-run', {url!r}]); "
+        "print(code, 'vllm' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    environment, command, end = result.stdout.splitlines()
+    assert end == "0 False"
+    assert "VLLM_SERVER_DEV_MODE=1" in environment
+    for flag in ("--host 10.0.0.5 --port 8123", "--max-num-seqs 64", "--dtype float32"):
+        assert flag in command
+    for flag in ("--worker-extension-cls", "--logprobs-mode processed_logprobs", "--model"):
+        assert flag in command
+    assert "--enable-lora" not in command
+
+
+def test_serve_makes_room_for_the_adapter(folder, capsys):
+    assert main(["serve", "run.yaml", "--dry-run", "model.lora.rank=20"]) == 0
+    assert "--enable-lora --max-lora-rank 32" in capsys.readouterr().out
+
+
+def test_serve_becomes_vllm(folder, monkeypatch):
+    called = []
+    monkeypatch.setattr("os.execve", lambda *arguments: called.append(arguments))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert main(["serve", "run.yaml"]) == 0
+    ((program, command, environment),) = called
+    assert program == command[0] == sys.executable
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert "PATH" in environment
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.engine={name: vllm, url: 'http://here'}", "expected http://host:port"),
+        ("rollout.engine={name: vllm, options: {model: x}}", "options.model is given"),
+        ("rollout.engine={name: native, url: 'http://h:1'}", "name is 'native'"),
+    ],
+)
+def test_serve_refuses_what_cannot_be_served(folder, capsys, override, message):
+    assert main(["serve", "run.yaml", override]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_serve_refuses_images_and_a_missing_vllm(folder, capsys, monkeypatch):
+    assert main(["serve", "quickstart/image"]) == 2
+    assert "expected text or vision" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["serve", "run.yaml"]) == 2
+    assert "mmgrpo[vllm]" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from mmgrpo.playground import build as playground_build
 
 @pytest.fixture
 def builders(tmp_path, monkeypatch):
-    """Stand-ins for the three builders, in an empty current folder; returns their calls."""
+    """Stand-ins for the builders, in an empty current folder; returns their calls."""
     calls = []
     fake = ModuleType("fake_builders")
 
@@ -41,7 +41,7 @@ def test_build_makes_one_task_or_all(builders, capsys):
     assert capsys.readouterr().out == "vision: building\npg/vision\n"
     builders.clear()
     assert main(["build"]) == 0
-    assert [call[0] for call in builders] == ["text", "vision", "image"]
+    assert [call[0] for call in builders] == [*playground_build.TASKS]
 
 
 def test_build_refuses_a_folder_that_is_not_empty_before_it_starts(builders, tmp_path, capsys):

@@ -163,7 +163,7 @@ def test_all_mistakes_are_told_at_once(run):
     [
         ("", "run.yaml: should be a mapping of keys to values, got None"),
         ("- a", "run.yaml: should be a mapping"),
-        ("seed: 1", "run.yaml: modality is required: text, vision, image."),
+        ("seed: 1", "run.yaml: modality is required: text, vision, image"),
         ("\nmodality: image_", "run.yaml:2: unknown modality 'image_'; did you mean 'image'?"),
         ("modality: [text]", "run.yaml:1: unknown modality ['text']; did you mean 'text'?"),
     ],

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmgrpo.core.credit import node_mean, node_weight, reward_to_go, uniform
+from mmgrpo.core.credit import carried_once, node_mean, node_weight, reward_to_go, uniform
 from mmgrpo.core.trajectories import Trajectories
 
 
@@ -94,3 +94,18 @@ def test_without_node_ids_every_decision_is_its_own():
     assert torch.equal(node_weight(batch()), MASK.float())
     with pytest.raises(ValueError, match="node"):
         node_mean(torch.zeros(3, 5), batch())
+
+
+def test_a_shared_decision_can_be_carried_by_its_first_row():
+    node = torch.tensor([[0, 1, 5], [0, 2, 6], [0, 1, 7], [0, 1, 8]])
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    mask[0, 1] = False
+    weight = torch.tensor([[0.25, 9, 1], [0.25, 1, 1], [0.25, 0.5, 1], [0.25, 0.5, 0]])
+    t = Trajectories(group=torch.tensor([0, 0, 0, 3]), mask=mask, node=node, weight=weight)
+    found = carried_once(t)
+    assert found.mask.tolist() == [
+        [True, False, True], [False, True, True], [False, True, True], [True, True, True],
+    ]  # fmt: skip
+    assert found.weight.tolist() == [[0.75, 0, 1], [0, 1, 1], [0, 0.5, 1], [0.25, 0.5, 0]]
+    assert found.decision_weight.sum() == t.decision_weight.sum()
+    assert carried_once(t.replace(node=None)).mask is mask

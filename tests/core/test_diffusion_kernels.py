@@ -9,6 +9,8 @@ import torch
 from torch.distributions import Normal
 
 from mmgrpo.core.diffusion import (
+    DIFFUSION,
+    FLOW,
     KERNELS,
     ddim_eta,
     dpmpp_2m,
@@ -274,6 +276,53 @@ def test_ddim_with_full_noise_has_the_ddpm_posterior_std():
     assert out.std.item() == pytest.approx(posterior, abs=EXACT)
 
 
+def test_the_ddim_kernel_is_the_worked_step_by_noise_levels():
+    at = {"sigma_max": 1.0, "eta": 1.0}
+    levels = (math.sqrt(1 - 0.5), math.sqrt(1 - 0.7))
+    out = step("ddim_eta", f64(0.3), f64(0.4), *levels, noise=f64(1.0), **at)
+    assert out.std.item() == pytest.approx(0.414039, abs=NUMBERS)
+    assert out.mean.item() == pytest.approx(0.329859, abs=NUMBERS)
+    assert out.x_next.item() == pytest.approx(0.743898, abs=NUMBERS)
+    assert out.log_prob.item() == pytest.approx(-0.537144, abs=NUMBERS)
+
+
+def test_ddim_without_noise_moves_between_the_two_predicted_ends():
+    epsilon, x = draw(3, 5), draw(3, 5, seed=1)
+    for sigma, to in ((0.99, 0.7), (0.6, 0.2), (0.3, 0.0)):
+        x0 = (x - sigma * epsilon) / math.sqrt(1 - sigma**2)
+        expected = math.sqrt(1 - to**2) * x0 + to * epsilon
+        for kind, eta in (("ddim", 0.8), ("ddim_eta", 0.0)):
+            out = step(kind, epsilon, x, sigma, to, eta=eta, sigma_max=1.0)
+            torch.testing.assert_close(out.x_next, expected, rtol=0, atol=1e-12)
+            assert (out.log_prob == 0).all()
+    final = step("ddim_eta", epsilon, x, 0.3, 0.0, eta=1.0, sigma_max=1.0, noise=draw(3, 5, seed=2))
+    torch.testing.assert_close(final.x_next, x0, rtol=0, atol=1e-12)  # no noise to sigma = 0
+    assert final.std.item() == 0
+
+
+def test_any_eta_keeps_the_noise_level_of_the_exact_process():
+    """With the true noise, what is left of x0 and the total noise are those of the next level."""
+    x0, noise = draw(1, 4), draw(1, 4, seed=1)
+    sigma, to = 0.8, 0.5
+    x = math.sqrt(1 - sigma**2) * x0 + sigma * noise
+    for eta in (0.3, 1.0):
+        mean, std = transition("ddim_eta", noise, x, sigma, to, eta=eta, sigma_max=1.0)
+        rest = (mean - math.sqrt(1 - to**2) * x0) / noise
+        torch.testing.assert_close(rest**2 + std**2, torch.full_like(rest, to**2))
+
+
+def test_processes_name_their_kernels():
+    assert FLOW.kernel("auto") == "flow_sde"
+    assert FLOW.kernel("ode") == "ode"
+    assert DIFFUSION.kernel("auto") == "ddim_eta"
+    assert DIFFUSION.kernel("ode") == "ddim"
+    assert {*FLOW.kernels, *DIFFUSION.kernels} == set(KERNELS)
+    assert not {*FLOW.kernels} & {*DIFFUSION.kernels}
+    for process, name in ((FLOW, "ddim"), (FLOW, "ddim_eta"), (DIFFUSION, "cps")):
+        with pytest.raises(ValueError, match=f"'{name}' does not fit {process.name}; valid: auto"):
+            process.kernel(name)
+
+
 @pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps_density", "sde_dpmpp"])
 def test_log_prob_is_the_normal_density_of_the_sample(kind):
     v, x, z = draw(4, 3, 2), draw(4, 3, 2, seed=1), draw(4, 3, 2, seed=2)
@@ -371,6 +420,8 @@ def test_per_sample_sigma_equals_one_sample_at_a_time():
     v, x, z = draw(3, 2, 4, 4), draw(3, 2, 4, 4, seed=1), draw(3, 2, 4, 4, seed=2)
     sigma = torch.tensor([1.0, 0.7, 0.3], dtype=torch.float64)
     for kind in KERNELS:
+        if kind.startswith("ddim"):
+            sigma = sigma.clamp(max=0.99)  # a step from sigma = 1 is not defined there
         batch = step(kind, v, x, sigma, sigma - 0.2, eta=0.5, sigma_max=0.9, noise=z)
         for row, level in enumerate(sigma.tolist()):
             one = slice(row, row + 1)

@@ -2,12 +2,14 @@
 
 import math
 
+import pytest
 import torch
 
 from mmgrpo.core.advantages import group_baseline
 from mmgrpo.core.groups import group_std
 from mmgrpo.core.multi_reward import gdpo, normalise_then_sum, sum_then_normalise, weighted_sum
 from mmgrpo.core.trajectories import Trajectories
+from mmgrpo.methods import load_method
 
 NAN = math.nan
 
@@ -81,3 +83,33 @@ def test_a_reward_for_some_samples_only_is_compared_among_those():
     )
     std = tensor(1, 0, 0.5).std(correction=0)
     torch.testing.assert_close(found, tensor(0.5 / std + 1, -0.5 / std, -1, 0))
+
+
+def test_unit_weights_have_the_sum_one_and_the_sum_is_clamped_after():
+    """MixGRPO: only their proportion counts; a term beyond the bound is not cut by itself."""
+    rewards = {"a": tensor(1, 0), "b": tensor(0, 10)}
+    normalise = z_score([0, 0])
+    unit = {"unit_weights": True}
+    found = normalise_then_sum(rewards, {"a": 3.0}, normalise, **unit)
+    torch.testing.assert_close(found, tensor(0.5, -0.5))
+    same = normalise_then_sum(rewards, {"a": 30.0, "b": 10.0}, normalise, **unit)
+    torch.testing.assert_close(found, same)
+    weights = {"a": 7.0, "b": 3.0}  # 7 - 3, not 5 - 3
+    found = normalise_then_sum(rewards, weights, normalise, clip=5.0)
+    torch.testing.assert_close(found, tensor(4, -4))
+    assert normalise_then_sum(rewards, weights, normalise, clip=3.5).tolist() == [3.5, -3.5]
+    with pytest.raises(ValueError, match="positive sum"):
+        normalise_then_sum(rewards, {"a": 0.0, "b": 0.0}, normalise, **unit)
+
+
+def test_mix_grpo_clamps_the_sum_and_dance_grpo_each_term():
+    outlier = torch.zeros(64)
+    outlier[0] = 1  # a z-score of 7.875
+    t = Trajectories(
+        group=torch.zeros(64), mask=torch.ones(64, 1), rewards={"a": outlier, "b": -outlier}
+    )
+    for name, wanted in (("dance-grpo", 0.0), ("mix-grpo", 0.0)):
+        assert load_method(name).prepare(t).advantage[0].item() == wanted
+    t = t.replace(rewards={"a": outlier, "b": torch.zeros(64)})
+    assert load_method("dance-grpo").prepare(t).advantage[0].item() == 5.0
+    assert load_method("mix-grpo").prepare(t).advantage[0].item() == pytest.approx(7.875 / 2)

@@ -245,7 +245,7 @@ def test_an_empty_folder(tmp_path):
 
 def test_image_generators_take_plain_text_only(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", ROWS)
-    assert ":2: an image generator's prompt must be text; got chat" in error_of(path, "image")
+    assert ":2: the image generator's prompt must be text; got chat" in error_of(path, "image")
     with pytest.raises(ConfigError, match="system prompt"):
         read(path, "image", system_prompt="x")
     with pytest.raises(ConfigError, match="did you mean 'vision'"):

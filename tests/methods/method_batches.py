@@ -24,6 +24,8 @@ GROUP_SIZES = (4, 3, 5, 2, 4, 1)
 UNIFORM_GROUP = 11
 """Id of the group whose rewards are all equal."""
 WIDTH = 6
+DIRECTION = (1.0, -0.5)
+"""In which the stand-in's predictions move when its log-probabilities rise."""
 GARBAGE = 77.0
 """Stands wherever the mask is off; nothing may ever read it."""
 
@@ -67,10 +69,10 @@ def make_batch(seed=0, dtype=torch.float64, *, on_policy=False, alone=False):
     step[::4, 0] = 2.0  # beyond CISPO's cap and the drift's
     old = uniform(size, WIDTH, low=-3.0, high=-0.2)
     reward = (uniform(size) * 4).round() / 4 + uniform(size) * 0.3
-    garbage = torch.full_like(old, GARBAGE)
 
     def field(values):
-        return torch.where(mask, values, garbage).to(dtype)
+        there = mask.reshape(*mask.shape, *(1,) * (values.dim() - 2))
+        return torch.where(there, values, GARBAGE).to(dtype)
 
     group = index * 7 - 3
     reward[group == UNIFORM_GROUP] = 0.7
@@ -88,26 +90,52 @@ def make_batch(seed=0, dtype=torch.float64, *, on_policy=False, alone=False):
         step_std=uniform(1, WIDTH, low=0.01, high=0.05).expand(size, WIDTH).to(dtype),
         step_length=field(uniform(1, WIDTH, low=0.05, high=0.2).expand(size, WIDTH)),
     )
+    elements = (size, WIDTH, len(DIRECTION))
+    trajectories = trajectories.replace(
+        old_prediction=field(uniform(*elements, low=-1.0)),
+        target=field(uniform(*elements, low=-1.0)),
+        sigma=field(uniform(size, WIDTH, low=0.1)),
+    )
+    known = uniform(len(sizes))[index] < 0.6  # the other prompts have too short a history
+    mean, std = uniform(len(sizes))[index], uniform(len(sizes), low=0.1)[index]
+    trajectories = trajectories.replace(
+        history_mean=mean.masked_fill(~known, torch.nan),
+        history_std=std.masked_fill(~known, torch.nan),
+    )
+    trajectories = trajectories.replace(
+        entropy_weight=field(uniform(size, WIDTH, low=-0.05, high=0.05))
+    )
     log_prob = old if on_policy else old + sign * step
     return Batch(trajectories, field(log_prob))
 
 
 def evaluate(method, log_prob, trajectories):
-    """A stand-in for what a policy's evaluation adds to the log-probabilities."""
+    """A stand-in for what a policy's evaluation adds to the log-probabilities.
+
+    A prediction moves from the old one along :data:`DIRECTION`, as far as the log-probability did.
+    """
 
     def masked(x, fill=0.0):
         return torch.where(trajectories.mask, x, torch.full_like(x, fill))
 
     entropy = divergence = None
     if method.request.entropy:
-        entropy = masked(masked(log_prob).exp() / 2, torch.nan)
+        entropy = masked(masked(log_prob).clamp(max=50).exp() / 2, torch.nan)
     if method.request.divergence:
         target = method.request.divergence_target
-        other = getattr(trajectories, f"{target}_log_prob")
+        other = getattr(trajectories, f"{target}_log_prob", None)
         other = log_prob.detach() if other is None else other
         gap = masked(log_prob) - masked(other)
         divergence = masked(gap**2 / 8, torch.nan)
-    return Evaluation(log_prob=log_prob, entropy=entropy, divergence=divergence)
+    prediction = None
+    if method.request.prediction:
+        old = trajectories.old_log_prob
+        moved = log_prob - (log_prob.detach() if old is None else old)
+        direction = torch.tensor(DIRECTION, dtype=moved.dtype)
+        prediction = trajectories.old_prediction + moved[..., None] * direction
+    return Evaluation(
+        log_prob=log_prob, entropy=entropy, divergence=divergence, prediction=prediction
+    )
 
 
 def loss_and_gradient(method, batch, prepared=None, total=None):

@@ -6,8 +6,8 @@ the loss in ``lp`` with ``sg`` fixed are then the method's gradient.
 """
 
 import statistics
-from dataclasses import dataclass
-from math import exp, log
+from dataclasses import dataclass, replace
+from math import exp, isnan, log
 
 REFERENCES = {}
 
@@ -25,6 +25,11 @@ class Plain:
     truncated: list
     std: list
     length: list
+    history: list
+    velocity: list
+    target: list
+    sigma: list
+    entropy_weight: list
 
     @classmethod
     def of(cls, trajectories):
@@ -40,6 +45,11 @@ class Plain:
             truncated=t.truncated.tolist(),
             std=t.step_std.tolist(),
             length=t.step_length.tolist(),
+            history=list(zip(t.history_mean.tolist(), t.history_std.tolist(), strict=True)),
+            velocity=t.old_prediction.tolist(),
+            target=t.target.tolist(),
+            sigma=t.sigma.tolist(),
+            entropy_weight=t.entropy_weight.tolist(),
         )
 
     @property
@@ -328,10 +338,72 @@ def mix_grpo_flash(b, lp, sg):
 
 
 @reference
+def g2rpo(b, lp, sg):
+    """Without strata: one granularity."""
+    return dance_grpo(b, lp, sg)
+
+
+@reference
+def dynamic_treerpo(b, lp, sg):
+    """Without shared decisions, and without predictions to follow: the stand-in has none."""
+    return dance_grpo(b, lp, sg)
+
+
+@reference
+def pref_grpo(b, lp, sg):
+    rate = list(b.reward)
+    for rows in b.groups:
+        for i in rows:
+            gaps = [b.reward[i] - b.reward[j] for j in rows]
+            wins = [0.5 if same([b.reward[i], b.reward[j]]) else float(gap > 0)
+                    for j, gap in zip(rows, gaps, strict=True)]  # fmt: skip
+            rate[i] = (sum(wins) - 0.5) / (len(rows) - 1) if len(rows) > 1 else 0.5
+    a, loss = clamped(z_score(replace(b, reward=rate), 1e-8)), 0.0
+    for i, t in b.all:
+        d = lp[i][t] - b.old[i][t]
+        loss += ppo(exp(b.std[i][t] * (d + d**2 / 8)), a[i], 1e-4, 1e-4)
+    return spread(b, a), loss / len(b.all)
+
+
+@reference
 def dance_grpo(b, lp, sg):
     a = clamped(z_score(b, 1e-8))
     terms = [ppo(exp(lp[i][t] - b.old[i][t]), a[i], 1e-4, 1e-4) for i, t in b.all]
     return spread(b, a), sum(terms) / len(terms)
+
+
+@reference
+def zo_ranksgd(b, lp, sg):
+    a = {}
+    for rows in b.groups:
+        order = sorted(rows, key=lambda i: -b.reward[i])
+        edges = [(i, j) for place, i in enumerate(order[:4]) for j in order[place + 1 :]
+                 if b.reward[i] > b.reward[j]]  # fmt: skip
+        for i in rows:
+            net = sum(i == x for x, _ in edges) - sum(i == y for _, y in edges)
+            a[i] = net * len(rows) / len(edges) if edges else 0.0
+    loss = -sum(a[i] * sum(lp[i][t] for t in s) / len(s) for i, s in enumerate(b.steps))
+    return spread(b, a), loss / len(b.steps)
+
+
+@reference
+def ddpo(b, lp, sg):
+    a, update = {}, (statistics.fmean(b.reward), statistics.pstdev(b.reward))
+    for i, known in enumerate(b.history):
+        mean, std = update if isnan(known[0]) else known
+        a[i] = (b.reward[i] - mean) / (std + 1e-6)
+    a = clamped(a)
+    terms = [ppo(exp(lp[i][t] - b.old[i][t]), a[i], 1e-4, 1e-4) for i, t in b.all]
+    return spread(b, a), sum(terms) / len(terms)
+
+
+@reference
+def dpok(b, lp, sg):
+    loss = 0.0
+    for i, t in b.all:
+        kl = (lp[i][t] - b.ref[i][t]) ** 2 / 8
+        loss += (-10 * b.reward[i] * lp[i][t] + 0.01 * kl) / len(b.steps)
+    return spread(b, {i: 10 * r for i, r in enumerate(b.reward)}), loss
 
 
 @reference
@@ -363,3 +435,8 @@ def maxrl(b, lp, sg):
             a[i] /= statistics.fmean(b.reward[j] for j in rows) + 1e-6
     loss = sum(ppo(exp(lp[i][t] - b.old[i][t]), a[i], 0.2, 0.2) for i, t in b.all)
     return spread(b, a), loss / len(b.all)
+
+
+import image_token_references  # noqa: E402, F401 - adds its own
+import matching_references  # noqa: E402, F401 - adds its own
+import preference_references  # noqa: E402, F401 - adds its own

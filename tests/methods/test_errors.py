@@ -173,7 +173,7 @@ def test_a_preset_is_short_and_says_what_it_is(name):
     method = load_method(name)
     assert method.id == name
     assert {"title", "paper", "family", "modalities", "confidence"} <= set(preset)
-    assert set(method.modalities) <= {"text", "vision", "image", "video", "audio"}
+    assert set(method.modalities) <= {"text", "vision", "image", "image_tokens", "video", "audio"}
     assert method.title
     assert method.paper
     slots = [key for key in preset if key in method.components]

@@ -31,9 +31,11 @@ def prepared(name, idle=slice(0, 4)):
 
 
 def pulls(method):
-    """Whether a penalty holds every row."""
+    """Whether a penalty, or a partner, holds every row."""
     options = method.regulariser
-    return bool(options.kl.coefficient or options.drift or options.entropy)
+    entropy = options.entropy or options.entropy_control.targets
+    penalty = options.kl.coefficient or options.drift or entropy
+    return bool(penalty) or "pairs" in method.needs
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *VARIANTS])

@@ -42,5 +42,8 @@ def test_the_batches_are_off_policy_on_both_sides_of_the_clip(name):
     method, batch = load_method(name), make_batch(0)
     output, _ = loss_and_gradient(method, batch)
     assert output.max_log_ratio > 0.3
-    if method.component("objective") != "reinforce" and name != "cispo":
+    unclipped = {"reinforce", "negative_aware", "centred_reward"}
+    if "pairs" in method.needs:  # their ratios are to the reference, which is far off everywhere
+        return
+    if method.component("objective") not in unclipped and name != "cispo":
         assert 0.02 < output.metrics["clip_fraction"] < 0.8

@@ -18,12 +18,16 @@ from mmgrpo.core import denominators
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
-def partition(size, seed):
-    """A random partition of the rows into one to ``size`` micro-batches, in random order."""
+def partition(group, seed, *, whole_groups):
+    """A random partition of the rows, or of the groups, into micro-batches, in random order."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(size, generator=generator)
-    cuts = torch.randperm(size - 1, generator=generator)[: seed % 5 + 1].sort().values + 1
-    return order.tensor_split(cuts.tolist())
+    units = torch.unique(group) if whole_groups else torch.arange(len(group))
+    order = units[torch.randperm(len(units), generator=generator)]
+    cuts = torch.randperm(len(units) - 1, generator=generator)[: seed % 5 + 1].sort().values + 1
+    parts = order.tensor_split(cuts.tolist())
+    if not whole_groups:
+        return parts
+    return [torch.isin(group, part).nonzero().squeeze(1) for part in parts]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -35,7 +39,8 @@ def test_micro_batches_sum_to_the_whole(name, seed, dtype):
     total = denominators(prepared)
     whole, wanted = loss_and_gradient(method, batch, prepared, total)
     found, loss, metrics = torch.zeros_like(wanted), 0.0, dict.fromkeys(whole.metrics, 0.0)
-    for rows in partition(len(prepared), seed):
+    whole_groups = "whole_groups" in method.needs
+    for rows in partition(prepared.group, seed, whole_groups=whole_groups):
         share, gradient = loss_and_gradient(
             method, select(batch, rows), prepared.select(rows), total
         )

@@ -26,7 +26,6 @@ from mmgrpo.playground.image import (
     Pretraining,
     all_prompts,
     build_image,
-    flow_matching_loss,
     is_held_out,
     pretrain,
 )
@@ -37,6 +36,7 @@ from mmgrpo.playground.image_model import (
     build_pipeline,
     encode_prompts,
 )
+from mmgrpo.playground.pretraining import flow_matching_loss
 from mmgrpo.playground.tiny_vae import copying_vae
 
 SHORT = Pretraining(steps=2, batch_size=8)

@@ -14,7 +14,7 @@ from mmgrpo.core.diffusion import StepRule, linear_shift
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import ConfigError, DataError, MethodError, ModelError
 from mmgrpo.policies.flow import FlowPolicy
-from mmgrpo.policies.flow_families.flux import pack, unpack
+from mmgrpo.policies.flow_families.packing import pack, unpack
 from mmgrpo.policies.latent_payload import LatentPayload, LatentPrompts
 from mmgrpo.policies.prompt_cache import PromptCache
 from mmgrpo.protocols import Prompt, Request

@@ -1,4 +1,4 @@
-"""What every image reward must satisfy, on whatever small model its test builds."""
+"""What every image and video reward must satisfy, on whatever small model its test builds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from mmgrpo.protocols import Prompt, Sample
 from mmgrpo.scoring.load import NamedReward
@@ -24,16 +23,17 @@ class Case:
 
     Attributes:
         reward: called with keyword lists; may be async.
-        images: at least four pictures that do not all deserve the same score.
+        images: at least four pictures, or videos, that do not all deserve the same score.
         columns: ``prompts`` and the data's columns, one entry per picture.
         low, high: the documented range.
         better, worse: numbers of two of the pictures; the first deserves more.
         tolerance: how far the score may move with the rest of the batch.
         grouped: scores depend on the other pictures of the same prompt.
+        made: ``images`` or ``videos``: the argument under which they are given.
     """
 
     reward: Callable[..., Any]
-    images: Sequence[Image.Image]
+    images: Sequence[Any]
     columns: dict[str, Sequence[Any]] = field(default_factory=dict)
     low: float = -math.inf
     high: float = math.inf
@@ -41,12 +41,13 @@ class Case:
     worse: int = 1
     tolerance: float = 1e-5
     grouped: bool = False
+    made: str = "images"
 
     def score(self, rows: Sequence[int] | None = None) -> list[float | None]:
         """The scores of the given rows, in one call, with arguments in an arbitrary order."""
         rows = range(len(self.images)) if rows is None else rows
         arguments = {name: [column[row] for row in rows] for name, column in self.columns.items()}
-        arguments["images"] = [self.images[row] for row in rows]
+        arguments[self.made] = [self.images[row] for row in rows]
         result = self.reward(**arguments)
         return asyncio.run(_wait(result)) if inspect.isawaitable(result) else result
 
@@ -94,15 +95,16 @@ def order_free(case, whole):
         case.reward,
         case.images,
         {"unrelated": list(range(len(whole))), **dict(reversed(case.columns.items()))},
+        made=case.made,
     )
     assert extra.score() == pytest.approx(whole, abs=case.tolerance)
     signature = inspect.signature(case.reward)
     assert any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    assert signature.parameters["images"].default is inspect.Parameter.empty
+    assert signature.parameters[case.made].default is inspect.Parameter.empty
     if "prompts" in signature.parameters:
         swapped = {**case.columns, "prompts": list(case.images)}
         with pytest.raises(Exception):  # noqa: B017, PT011 - which one is the reward's business
-            Case(case.reward, list(case.columns["prompts"]), swapped).score()
+            Case(case.reward, list(case.columns["prompts"]), swapped, made=case.made).score()
 
 
 def monotone(case, whole):
@@ -123,7 +125,10 @@ def runs(case, whole):
         for row in range(len(whole))
     ]
     samples = [
-        Sample(Prompt(row, prompts[row], columns=columns[row]), image=case.images[row])
+        Sample(
+            Prompt(row, prompts[row], columns=columns[row]),
+            **{case.made.removesuffix("s"): case.images[row]},
+        )
         for row in range(len(whole))
     ]
     runner = RewardRunner([NamedReward("reward", 1.0, case.reward, frozenset())])

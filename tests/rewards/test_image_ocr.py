@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 from mmgrpo.errors import ConfigError, UsageError
-from mmgrpo.rewards.image_ocr import ImageOcr, contained_similarity, quoted, whole_similarity
+from mmgrpo.rewards.image_ocr import (
+    SIMILARITIES,
+    ImageOcr,
+    contained_similarity,
+    quoted,
+    whole_similarity,
+)
 
 needs_tesseract = pytest.mark.skipif(
     shutil.which("tesseract") is None, reason="tesseract is not installed"
@@ -43,6 +49,26 @@ def test_similarities_are_their_definitions(read, asked):
     parts = [read[i:j] for i in range(len(read) + 1) for j in range(i, len(read) + 1)]
     expected = 1 - min(distance(part, asked) for part in parts) / len(asked)
     assert contained_similarity(read, asked) == pytest.approx(expected)
+    edits = 0 if asked in parts else distance(read, asked)
+    expected = 1 - min(edits, len(asked)) / len(asked)
+    assert SIMILARITIES["edit"](read, asked) == pytest.approx(expected)
+    assert SIMILARITIES["substring"](read, asked) == float(asked in parts)
+    assert SIMILARITIES["exact"](read, asked) == float(distance(read, asked) == 0)
+
+
+@pytest.mark.parametrize(
+    ("read", "expected"),
+    [
+        ("open", (1.0, 1.0, 1.0)),
+        ("weareopennow", (1.0, 1.0, 0.0)),
+        ("opan", (0.75, 0.0, 0.0)),
+        ("closedtoday", (0.0, 0.0, 0.0)),
+        ("", (0.0, 0.0, 0.0)),
+    ],
+)
+def test_flow_grpos_score_and_the_strict_ones_by_hand(read, expected):
+    names = ("edit", "substring", "exact")
+    assert tuple(SIMILARITIES[name](read, "open") for name in names) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

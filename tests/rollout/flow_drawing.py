@@ -26,7 +26,8 @@ def draw_method(policy, name, *, overrides=None, **options):
     fixed = load_method(name, rollout=overrides or {}).rollout
     return draw(
         policy, kernel=fixed.kernel, eta=fixed.eta, selection=fixed.selection,
-        shared_noise=fixed.shared_noise, tree=fixed.tree, suffix=fixed.suffix, **options,
+        shared_noise=fixed.shared_noise, tree=fixed.tree, suffix=fixed.suffix,
+        noise_growth=fixed.noise_growth, **options,
     )  # fmt: skip
 
 

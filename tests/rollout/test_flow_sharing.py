@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from fixtures_flow import SIZE, sd3_pipeline
+from fixtures_flow import SIZE
 from flow_drawing import (
     CLOSE,
     PROMPTS,
@@ -21,15 +21,6 @@ from flow_drawing import (
 from mmgrpo.core.diffusion import Suffix, dpmpp_2m, linear_shift, transition
 from mmgrpo.core.seeding import generator
 from mmgrpo.methods import load_method
-from mmgrpo.policies.flow import FlowPolicy
-
-pytest.importorskip("diffusers")
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return FlowPolicy(sd3_pipeline(), max_prompt_tokens=3)
-
 
 # -- windows --------------------------------------------------------------------------------------
 

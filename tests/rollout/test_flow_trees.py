@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fixtures_flow import sd3_pipeline
 from flow_drawing import (
     CLOSE,
     PROMPTS,
@@ -20,14 +19,6 @@ from mmgrpo.core.diffusion import Tree
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import ConfigError
 from mmgrpo.methods import load_method
-from mmgrpo.policies.flow import FlowPolicy
-
-pytest.importorskip("diffusers")
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return FlowPolicy(sd3_pipeline(), max_prompt_tokens=3)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,11 @@ CASES = {
     "vision-full": ("vision", {"method": "remax"}),
     "vision-lora": ("vision", LORA),
     "image-full": ("image", {"method": "flow-grpo"}),
+    "image-averaged-old": ("image", {"method": "diffusion-nft"}),
+    "image-checkpoint-bank": (
+        "image",
+        {"method": {"id": "seppo", "reference": {"every": 1, "size": 2}}, "seed": 3},
+    ),
     "image-lora": ("image", {"method": "dance-grpo", "trainer": {"minibatches": 2}, **LORA}),
 }  # fmt: skip
 

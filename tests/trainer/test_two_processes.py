@@ -25,6 +25,7 @@ RAGGED = {"rewards": [f"{REWARDS}:broken_for_some"], "reward_failure": "drop"}
 SPARSE = {"rewards": [f"{REWARDS}:rarely"], "rollout": {"group_size": 2}}
 MINI = {"trainer": {"minibatches": 3, "micro_batch_size": 2}}
 SEVERAL = {"trainer": {"minibatches": 2, "epochs": 2, "micro_batch_size": 3}}
+DDPO = {"id": "ddpo", "advantage": {"history_size": 6, "history_min": 4}}
 EMA = {"trainer": {"ema_decay": 0.9}, "eval": {"every": 2}}
 
 
@@ -56,6 +57,7 @@ QUICK = {
     "vision": ("vision", {"method": "grpo", "trainer": {"micro_batch_size": 5}}),
     "vision-tower": ("vision", {"model": {"train_vision": True}, "rollout": {"max_new_tokens": 2}}),
     "image": ("image", {"method": "flow-grpo", "trainer": {"micro_batch_size": 3}}),
+    "image-history": ("image", {"method": DDPO, "trainer": {"micro_batch_size": 3}}),
     "image-dropped": ("image", {"method": "dance-grpo", "model": {"lora": {"rank": 2}}}),
 }  # fmt: skip
 

@@ -6,6 +6,9 @@ Noise level is time: sigma = 1 is pure noise, sigma = 0 is clean, and
 sigma', with ``dt = sigma' - sigma < 0``. Every kernel answers with the mean and the standard
 deviation of the step itself: std already contains sqrt(-dt), and nobody multiplies again.
 
+The ``ddim`` kernels are for variance-preserving diffusion, ``x_sigma = sqrt(1 - sigma^2) x0 +
+sigma e``: there the prediction that takes the velocity's place is the noise e.
+
 Legend: B samples; ``...`` the latent dimensions of one sample.
 """
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -100,6 +103,30 @@ def sde_dpmpp(at: State) -> Moments:
     return mean, at.sigma_next * (1 - kept**2).sqrt()
 
 
+def ddim_eta(at: State) -> Moments:
+    """DDIM step of a model that predicts noise (arXiv:2010.02502, eq. 12 and 16).
+
+    eta = 1 has the std of the DDPM posterior, eta = 0 is deterministic. To sigma' = 0 there is no
+    noise. At sigma = 1 nothing is left of the image, and the step is not defined.
+    """
+    before, after = signal_power(at.sigma), signal_power(at.sigma_next)
+    span = (at.sigma - at.sigma_next) * (at.sigma + at.sigma_next)
+    share = (at.eta / at.sigma) ** 2 * span / after  # std = sigma' sqrt(share)
+    kept = at.sigma_next * (1 - share).clamp(min=0).sqrt()
+    mean = (after / before).sqrt() * (at.x - at.sigma * at.velocity) + kept * at.velocity
+    return mean, at.sigma_next * share.sqrt()
+
+
+def ddim(at: State) -> Moments:
+    """Deterministic DDIM step (arXiv:2010.02502)."""
+    return ddim_eta(replace(at, eta=torch.zeros_like(at.eta)))
+
+
+def signal_power(sigma: Tensor) -> Tensor:
+    """1 - sigma^2 (alpha bar of a variance-preserving process), without cancellation."""
+    return (1 - sigma) * (1 + sigma)
+
+
 def sde(at: State, g: Tensor) -> Moments:
     """Reverse SDE with diffusion g, whose drift keeps the marginals of the ODE."""
     pull = g**2 / (2 * at.sigma)
@@ -109,20 +136,31 @@ def sde(at: State, g: Tensor) -> Moments:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A step's moments, linear and homogeneous in (velocity, x), and what scores its sample."""
+    """A kind of step.
+
+    Attributes:
+        moments: mean and std; the mean is linear and homogeneous in (velocity, x).
+        log_density: what scores its sample.
+        eta: published noise scale, where a run does not say otherwise.
+        still: the kernel without noise that follows the same process.
+    """
 
     moments: Callable[[State], Moments]
     log_density: LogDensity = gaussian
+    eta: float = 0.0
+    still: str = "ode"
 
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
         "ode": Kernel(ode),
-        "flow_sde": Kernel(flow_sde),
-        "dance_sde": Kernel(dance_sde),
-        "cps": Kernel(cps, squared_residual),
-        "cps_density": Kernel(cps),
-        "sde_dpmpp": Kernel(sde_dpmpp),
+        "flow_sde": Kernel(flow_sde, eta=0.7),
+        "dance_sde": Kernel(dance_sde, eta=0.3),
+        "cps": Kernel(cps, squared_residual, eta=0.8),
+        "cps_density": Kernel(cps, eta=0.8),
+        "sde_dpmpp": Kernel(sde_dpmpp, eta=1.0),
+        "ddim": Kernel(ddim, still="ddim"),
+        "ddim_eta": Kernel(ddim_eta, eta=1.0, still="ddim"),
     }
 )
 """``cps`` scores by the published ``-(x' - mean)^2``, which has neither variance nor constants;
@@ -167,11 +205,13 @@ def step(
 
     Args:
         kind: a name in :data:`KERNELS`.
-        velocity: ``[B, ...]`` predicted velocity ``e - x0`` at (x, sigma).
+        velocity: ``[B, ...]`` predicted velocity ``e - x0`` at (x, sigma); the predicted noise for
+            the ``ddim`` kernels.
         x: ``[B, ...]`` state before the step.
         sigma: noise level before the step, a scalar or ``[B]``.
         sigma_next: noise level after the step, a scalar or ``[B]``.
-        eta: noise scale of the kernel (a for ``flow_sde`` and ``cps``, g for ``dance_sde``).
+        eta: noise scale of the kernel (a for ``flow_sde`` and ``cps``, g for ``dance_sde``, share
+            of the DDPM posterior's std for ``ddim_eta``).
         sigma_max: second entry of the schedule, which stands in for sigma in ``1 - sigma`` at
             sigma = 1 (``flow_sde`` only).
         noise: ``[B, ...]`` standard normal; drawn from torch's global generator if None.

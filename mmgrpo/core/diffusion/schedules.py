@@ -80,6 +80,43 @@ def from_scheduler_config(
     return _finish(sigmas)
 
 
+def from_multistep_config(
+    config: Mapping[str, Any], num_steps: int, *, num_tokens: int | None = None, uniform: bool
+) -> Tensor:
+    """Return the schedule that a diffusers ``UniPCMultistepScheduler`` of a flow would use.
+
+    Its own grid has N + 1 points from 1 to 1/T, of which the last is replaced by 0; Wan shifts it
+    by 3 (480p) or 5 (720p).
+
+    Args:
+        config: the scheduler's configuration, with ``use_flow_sigmas``.
+        num_steps: number of denoising steps N.
+        num_tokens: not used.
+        uniform: True where the pipeline hands the scheduler ``linspace(1, 1/N, N)``.
+
+    Raises:
+        ValueError: the configuration asks for sigmas that are no flow's, or for another spacing.
+    """
+    del num_tokens
+    for key in (*_UNSUPPORTED, "use_dynamic_shifting", "shift_terminal"):
+        if config.get(key):
+            raise ValueError(f"scheduler option {key} is not supported; expected it to be off.")
+    if not config.get("use_flow_sigmas"):
+        raise ValueError("scheduler option use_flow_sigmas is off; expected it to be on.")
+    table = int(config.get("num_train_timesteps", 1000))
+    points = torch.linspace(1.0, 1 / table, num_steps + 1, dtype=torch.float64)[:-1]
+    grid = _uniform(num_steps) if uniform else points
+    return _finish(_shift(grid, float(config.get("flow_shift", 1.0))))
+
+
+SCHEDULES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
+    {
+        "FlowMatchEulerDiscreteScheduler": from_scheduler_config,
+        "UniPCMultistepScheduler": from_multistep_config,
+    }
+)
+"""Class of a pipeline's scheduler -> ``(config, num_steps, *, num_tokens, uniform)``."""
+
 _UNSUPPORTED = (
     "use_karras_sigmas",
     "use_exponential_sigmas",

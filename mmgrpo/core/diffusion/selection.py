@@ -1,7 +1,7 @@
 """Which denoising steps draw noise, and which of those are trained.
 
-The last step (sigma' = 0) is never stochastic: its std is nearly 0 or it would leave visible noise
-in the image, and no decision follows it.
+A step to sigma = 0, the last one of a flow model, is never stochastic: its std is nearly 0 or it
+would leave visible noise in the image, and no decision follows it.
 """
 
 from __future__ import annotations
@@ -62,6 +62,15 @@ def all_but_last(steps: Steps) -> Selection:
     return steps.shared(0, steps.count - 1)
 
 
+def every(steps: Steps) -> Selection:
+    """Every step draws noise and is trained (DDPO, arXiv:2305.13301).
+
+    The engine takes out a step that ends at sigma = 0. For flow models that is the last one; the
+    schedules of diffusion models may end a little above.
+    """
+    return steps.shared(0, steps.count)
+
+
 def random_fraction(steps: Steps, *, fraction: float = 0.6) -> Selection:
     """Every step but the last draws noise; each sample trains its own random part of them.
 
@@ -86,7 +95,12 @@ def single(steps: Steps, *, step: int | None = None) -> Selection:
 
 
 def window(
-    steps: Steps, *, width: int, start: int | None = None, first: int = 0, last: int | None = None
+    steps: Steps,
+    *,
+    width: int,
+    start: int | None = None,
+    first: int = 0,
+    last: float | None = None,
 ) -> Selection:
     """Consecutive steps draw noise and are trained (MixGRPO, arXiv:2507.21802).
 
@@ -96,18 +110,18 @@ def window(
         start: first step of the window, or None for a place drawn uniformly such that the window
             lies in ``[first, last)`` (Flow-GRPO-Fast).
         first: start of the range of random places.
-        last: end of the range of random places; T - 1 if None.
+        last: end of the range of random places; T - 1 if None. A float is a share of the schedule.
     """
     trainable = steps.count - 1
-    last = trainable if last is None else last
+    (last,) = (trainable,) if last is None else places([last], steps.count)
     if width < 1 or not 0 <= first < last <= trainable:
         raise ValueError(
             f"expected width >= 1 and 0 <= first < last <= {trainable} (T - 1); "
             f"got width {width}, first {first}, last {last}."
         )
     if start is None:
-        places = max(last - first - width, 0) + 1
-        start = first + int(torch.randint(places, (1,), generator=generator(steps.seed)))
+        room = max(last - first - width, 0) + 1
+        start = first + int(torch.randint(room, (1,), generator=generator(steps.seed)))
     if not 0 <= start < trainable:
         raise ValueError(f"the window must start in [0, {trainable - 1}] (T - 2); got {start}.")
     return steps.shared(start, min(start + width, trainable))
@@ -165,14 +179,45 @@ def listed(steps: Steps, *, at: Sequence[int | float]) -> Selection:
     return Selection(stochastic, stochastic.repeat(len(steps.sample_seeds), 1))
 
 
+def pruned_depths(
+    steps: Steps, *, depths: Sequence[int | float], interval: int | None = None, stop: int = 0
+) -> Selection:
+    """Every step but the last draws noise; some depths of the tree are not trained.
+
+    Depth pruning of BranchGRPO (arXiv:2509.06040): step i leads to depth i + 1. The tree is drawn
+    and scored as a whole, only the update gets cheaper.
+
+    Args:
+        steps: what the selection is made for.
+        depths: left out; a float is a share of the schedule, rounded down.
+        interval: the set moves one depth towards the root every so many iterations; None: never.
+        stop: the shallowest depth that a moving set reaches.
+    """
+    chosen = places(depths, steps.count)
+    if not chosen or chosen[0] < 1 or chosen[-1] > steps.count:
+        raise ValueError(f"depths must lie in [1, {steps.count}] (T); got {list(depths)}.")
+    if interval is not None:
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1; got {interval}.")
+        moved = min(steps.iteration // interval, max(chosen[0] - max(stop, 1), 0))
+        chosen = [depth - moved for depth in chosen]
+    whole = all_but_last(steps)
+    kept = ~torch.isin(torch.arange(1, steps.count + 1), torch.tensor(chosen))
+    if not (kept & whole.stochastic).any():
+        raise ValueError(f"without the depths {chosen} there is no step to train.")
+    return Selection(whole.stochastic, whole.trained & kept)
+
+
 SELECTORS: Mapping[str, Callable[..., Selection]] = MappingProxyType(
     {
+        "all": every,
         "all_but_last": all_but_last,
         "random_fraction": random_fraction,
         "single": single,
         "window": window,
         "moving_window": moving_window,
         "listed": listed,
+        "pruned_depths": pruned_depths,
     }
 )
 

@@ -9,10 +9,9 @@ from mmgrpo.core.diffusion.gaussian import (
     StepOutput,
     align,
     at_least_float32,
-    finish,
     scalars,
 )
-from mmgrpo.core.diffusion.kernels import exp_minus_h
+from mmgrpo.core.diffusion.kernels import exp_minus_h, step
 
 
 def ddim_eta(
@@ -40,14 +39,19 @@ def ddim_eta(
         x_next: ``[B, ...]`` the state that was reached, to evaluate it again.
         reduce: ``mean`` or ``sum`` of the log-density over the latent elements.
     """
-    epsilon, x = at_least_float32(epsilon), at_least_float32(x)
-    raw = scalars(x, alpha_bar, alpha_bar_next, eta)
-    before, after, scale = (align(value, x) for value in raw)
-    x0 = (x - (1 - before).sqrt() * epsilon) / before.sqrt()
-    variance = scale**2 * (1 - after) / (1 - before) * (1 - before / after)
-    mean = after.sqrt() * x0 + (1 - after - variance).clamp(min=0).sqrt() * epsilon
-    std = variance.sqrt().reshape(raw[0].shape)
-    return finish(mean, std, noise=noise, x_next=x_next, reduce=reduce)
+    x = at_least_float32(x)
+    levels = [(1 - bar).sqrt() for bar in scalars(x, alpha_bar, alpha_bar_next)]
+    return step(
+        "ddim_eta",
+        epsilon,
+        x,
+        *levels,
+        eta=eta,
+        sigma_max=1.0,
+        noise=noise,
+        x_next=x_next,
+        reduce=reduce,
+    )
 
 
 def dpmpp_2m(

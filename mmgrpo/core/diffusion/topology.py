@@ -16,6 +16,22 @@ def places(steps: Sequence[int | float], count: int) -> list[int]:
     return sorted({math.floor(s * count + 1e-9) if isinstance(s, float) else s for s in steps})
 
 
+def fan_out(owner: Tensor, level: int, copies: int) -> Tensor:
+    """Let every sample go on ``copies`` times from the state at ``level``, which they share.
+
+    Args:
+        owner: ``[G, T + 1]`` int64, see :meth:`Tree.owners`.
+        level: last shared level.
+        copies: how often; the rows of the first copy come first.
+
+    Returns:
+        ``[copies G, T + 1]`` int64.
+    """
+    own = torch.arange(owner.shape[1]) > level
+    offset = torch.arange(copies)[:, None, None] * len(owner)
+    return (owner + offset * own).flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class Tree:
     """A state has several children at the split steps and one at every other step.

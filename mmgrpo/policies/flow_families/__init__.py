@@ -14,6 +14,11 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
     {
         "StableDiffusion3Pipeline": "mmgrpo.policies.flow_families.sd3:SD3",
         "FluxPipeline": "mmgrpo.policies.flow_families.flux:Flux",
+        "StableDiffusionPipeline": "mmgrpo.policies.flow_families.sd15:SD15",
+        "StableDiffusionXLPipeline": "mmgrpo.policies.flow_families.sdxl:SDXL",
+        "QwenImagePipeline": "mmgrpo.policies.flow_families.qwen_image:QwenImage",
+        "FluxKontextPipeline": "mmgrpo.policies.flow_families.flux_kontext:FluxKontext",
+        "WanPipeline": "mmgrpo.policies.flow_families.wan:Wan",
     }
 )
 """Name of the diffusers pipeline class -> ``module:class`` of its family."""
@@ -29,14 +34,22 @@ def check_family(name: str) -> None:
         raise ModelError(f"A pipeline of class {name} cannot be trained{nearest(name, FAMILIES)}")
 
 
+def family_class(name: str) -> type[Family]:
+    """Return the family of a pipeline class.
+
+    Raises:
+        ModelError: there is none.
+    """
+    check_family(name)
+    module, _, attribute = FAMILIES[name].partition(":")
+    family: type[Family] = getattr(import_module(module), attribute)
+    return family
+
+
 def family_of(pipe: Any) -> Family:
     """Return the family of a diffusers pipeline.
 
     Raises:
         ModelError: there is none, or a component is missing or unusable.
     """
-    name = type(pipe).__name__
-    check_family(name)
-    module, _, attribute = FAMILIES[name].partition(":")
-    family: Family = getattr(import_module(module), attribute)(pipe)
-    return family
+    return family_class(type(pipe).__name__)(pipe)

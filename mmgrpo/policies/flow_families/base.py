@@ -1,18 +1,19 @@
-"""What the families of latent image flows share: sizes, schedule, decoding.
+"""What the families of latent flows share: sizes, schedule, guidance, decoding.
 
 A family adds how prompts are encoded and how the transformer is called. Latents are always
-``[N, C, h, w]`` float32 here; a transformer that wants them packed packs them itself.
+``[N, C, h, w]`` float32 here, those of videos ``[N, C, f, h, w]``; a transformer that wants them
+packed packs them itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mmgrpo.core.diffusion import from_scheduler_config
+from mmgrpo.core.diffusion import FLOW, SCHEDULES, Process, linear_shift
 from mmgrpo.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -32,30 +33,65 @@ LORA_TARGETS = (
 
 
 class Family:
-    """A pipeline seen as a velocity field over latents.
+    """A pipeline seen as a field of velocities, or of predicted noise, over latents.
 
     Attributes:
+        process: how its clean samples are noised, and what the network predicts.
+        denoiser: name of the network in the pipeline.
+        modality: what it draws: ``image`` or ``video``, also the name of a sample's field.
+        edits: it takes an image beside the text, whose latents its conditioning has as ``image``.
         components: what the pipeline must have.
         uniform_grid: the pipeline hands its scheduler the grid 1 .. 1/N.
         patch: side of the square of latent pixels that makes one token.
         channels: channels of the latents.
-        dtype: of the transformer's weights.
+        final_sigma: noise level at which a schedule ends.
+        dtype: of the network's weights.
     """
 
+    process: ClassVar[Process] = FLOW
+    denoiser: ClassVar[str] = "transformer"
+    modality: ClassVar[str] = "image"
+    edits: ClassVar[bool] = False
     components: ClassVar[tuple[str, ...]] = ("transformer", "vae", "scheduler")
     lora_targets: ClassVar[tuple[str, ...]] = LORA_TARGETS
     uniform_grid: ClassVar[bool] = False
     patch: int
     channels: int
+    final_sigma = 0.0
 
     def __init__(self, pipe: Any) -> None:
         for name in self.components:
             if getattr(pipe, name, None) is None:
                 expected = ", ".join(self.components)
                 raise ModelError(f"The {type(pipe).__name__} has no {name}; expected {expected}.")
-        _check_scheduler(pipe.scheduler)
+        self.check_scheduler(pipe.scheduler)
         self.pipe = pipe
-        self.dtype: torch.dtype = pipe.transformer.dtype
+        self.dtype: torch.dtype = self.network.dtype
+
+    @property
+    def network(self) -> Any:
+        """The pipeline's network, the part that trains."""
+        return getattr(self.pipe, self.denoiser)
+
+    def check_scheduler(self, scheduler: Any) -> None:
+        """Refuse the scheduler of a model that predicts something else; raises ModelError."""
+        _check_scheduler(scheduler)
+
+    def check_prompt_length(self, max_length: int | None) -> None:
+        """Refuse a length that prompts of this model cannot have; raises ConfigError."""
+
+    def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Return ``[N, ...]``: clean latents at noise levels ``[N]``, as the model was trained."""
+        return self.process.noised(clean, noise, sigma)
+
+    def target(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Return ``[N, ...]``: what :meth:`velocity` should answer there."""
+        del sigma
+        return self.process.prediction(clean, noise)
+
+    def nearest_level(self, sigma: Tensor) -> Tensor:
+        """Return the noise levels ``[N]`` nearest to ``sigma`` that the network was trained at."""
+        return sigma
 
     def encode(
         self, text: str, *, device: torch.device, max_length: int | None
@@ -87,50 +123,76 @@ class Family:
         guidance: float,
         negative: Mapping[str, Tensor] | None,
     ) -> Tensor:
-        """Return ``[N, C, h, w]`` float32 velocity, guided; one call of the network.
+        """Return ``[N, C, h, w]`` float32, guided: a velocity, or the noise for diffusion models.
+
+        One call of the network.
+        Guidance that compares with a negative prompt runs both halves in one batch.
 
         Args:
-            network: the transformer, with or without adapters and wrappers.
+            network: the pipeline's network, with or without adapters and wrappers.
             latents: ``[N, C, h, w]``.
             sigma: ``[N]``.
             conditioning: name -> ``[N, ...]``.
             guidance: guidance scale.
             negative: name -> ``[1, ...]`` where :meth:`needs_negative` says so.
         """
+        if negative is None:
+            return self.forward(network, latents, sigma, conditioning)
+        both = {
+            name: torch.cat([negative[name].expand_as(value), value])
+            for name, value in conditioning.items()
+        }
+        out = self.forward(network, torch.cat([latents] * 2), torch.cat([sigma] * 2), both)
+        return self.guided(*out.chunk(2), guidance)
+
+    def guided(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
+        """Return the guided prediction of the two halves."""
+        return unconditional + guidance * (conditional - unconditional)
+
+    def forward(
+        self, network: nn.Module, latents: Tensor, sigma: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return the prediction without guidance; arguments as of :meth:`velocity`."""
         raise NotImplementedError
 
     def present_targets(self) -> list[str]:
-        """Return the default LoRA targets that this transformer has."""
-        names = [f".{name}" for name, _ in self.pipe.transformer.named_modules()]
+        """Return the default LoRA targets that this network has."""
+        names = [f".{name}" for name, _ in self.network.named_modules()]
         return [t for t in self.lora_targets if any(name.endswith(f".{t}") for name in names)]
 
     def needs_negative(self, guidance: float) -> bool:
-        """Whether guidance takes a second, unconditional prompt.
+        """Whether guidance takes a second, negative prompt, as it does above 1.
 
         Raises:
             ConfigError: the model has no guidance of that scale.
         """
-        raise NotImplementedError
+        if guidance < 1:
+            raise ConfigError(f"guidance_scale must be at least 1 (1: none); got {guidance}.")
+        return guidance > 1
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+    @property
+    def scale(self) -> int:
+        """Pixels per latent pixel, along a side."""
+        return int(self.pipe.vae_scale_factor)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Return (C, h, w) of an image of the given size in pixels.
 
         Raises:
             ConfigError: the size is no multiple of the latent patch.
         """
-        unit = self.pipe.vae_scale_factor * self.patch
+        unit = self.scale * self.patch
         if height < unit or width < unit or height % unit or width % unit:
             raise ConfigError(
-                f"The image size must be a multiple of {unit} pixels for this model; got "
+                f"The {self.modality} size must be a multiple of {unit} pixels for this model; got "
                 f"{height} x {width}, nearest {_rounded(height, unit)} x {_rounded(width, unit)}."
             )
-        scale = self.pipe.vae_scale_factor
-        return self.channels, height // scale, width // scale
+        return self.channels, height // self.scale, width // self.scale
 
     @property
     def default_size(self) -> int:
         """Side of the square image that the model was made for, in pixels."""
-        return int(self.pipe.default_sample_size * self.pipe.vae_scale_factor)
+        return int(self.pipe.default_sample_size * self.scale)
 
     def schedule(self, num_steps: int, *, height: int, width: int) -> Tensor:
         """Return ``[num_steps + 1]`` float32: the noise levels the pipeline itself would use.
@@ -138,18 +200,27 @@ class Family:
         Raises:
             ModelError: the scheduler's configuration asks for something unsupported.
         """
-        _, rows, columns = self.latent_shape(height, width)
+        *_, rows, columns = self.latent_shape(height, width)
         tokens = (rows // self.patch) * (columns // self.patch)
+        scheduler = self.pipe.scheduler
         try:
-            return from_scheduler_config(
-                self.pipe.scheduler.config, num_steps, num_tokens=tokens, uniform=self.uniform_grid
+            return SCHEDULES[type(scheduler).__name__](
+                scheduler.config, num_steps, num_tokens=tokens, uniform=self.uniform_grid
             )
         except ValueError as error:
             raise ModelError(f"The pipeline's schedule cannot be used: {error}") from error
 
+    def shifted(self, num_steps: int, shift: float) -> Tensor:
+        """Return ``[num_steps + 1]``: a uniform schedule with a static shift towards noise.
+
+        Raises:
+            ConfigError: the model has no such schedules.
+        """
+        return linear_shift(num_steps, shift=shift)
+
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> list[Image]:
-        """Return the images of ``[N, C, h, w]`` latents."""
+    def decode(self, latents: Tensor) -> Sequence[Image | Sequence[Image]]:
+        """Return the images of ``[N, C, h, w]`` latents, or the frames of each video."""
         vae = self.pipe.vae.to(latents.device)
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         scaled = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
@@ -157,14 +228,34 @@ class Family:
         images: list[Image] = self.pipe.image_processor.postprocess(pixels.float())
         return images
 
+    @torch.no_grad()
+    def from_images(
+        self, images: Sequence[Image], *, height: int, width: int, device: torch.device
+    ) -> Tensor:
+        """Return the ``[N, C, h, w]`` float32 latents of images, resized to the given pixels.
+
+        The autoencoder's most likely latent, so that an image has one and the same every time.
+
+        Raises:
+            ModelError: a model of something else than images.
+        """
+        if self.modality != "image":
+            raise ModelError(f"images have no latents in a model that draws {self.modality}s.")
+        vae = self.pipe.vae.to(device)
+        pixels = self.pipe.image_processor.preprocess(list(images), height=height, width=width)
+        found = vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode().float()
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        latents: Tensor = (found - shift) * vae.config.scaling_factor
+        return latents
+
 
 def _check_scheduler(scheduler: Any) -> None:
     kind = scheduler.config.get("prediction_type", "flow_prediction")
     name = type(scheduler).__name__
-    if name != "FlowMatchEulerDiscreteScheduler" or kind != "flow_prediction":
+    if name not in SCHEDULES or kind != "flow_prediction":
         raise ModelError(
             "A flow policy needs a model that predicts velocities, with a "
-            f"FlowMatchEulerDiscreteScheduler; this pipeline has a {name} (prediction type {kind})."
+            f"{' or '.join(SCHEDULES)}; this pipeline has a {name} (prediction type {kind})."
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmgrpo.errors import ConfigError
 from mmgrpo.policies.flow_families.base import Family
+from mmgrpo.policies.flow_families.packing import pack, unpack
 
 
 class Flux(Family):
@@ -56,33 +57,34 @@ class Flux(Family):
         """Return the velocity."""
         rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
         text = conditioning["text"].to(self.dtype)
+        tokens, places = self.tokens(latents, conditioning)
         out: Tensor = network(
-            hidden_states=pack(latents).to(self.dtype),
+            hidden_states=tokens.to(self.dtype),
             timestep=sigma,
             guidance=torch.full_like(sigma, guidance) if self._embeds_guidance else None,
             encoder_hidden_states=text,
             pooled_projections=conditioning["pooled"].to(self.dtype),
             txt_ids=torch.zeros(text.shape[1], 3, device=text.device, dtype=self.dtype),
-            img_ids=_positions(rows, columns, like=text),
+            img_ids=places.to(self.dtype),
             return_dict=False,
         )[0]
-        return unpack(out.float(), rows, columns)
+        return unpack(out[:, : rows * columns].float(), rows, columns)
+
+    def tokens(
+        self,
+        latents: Tensor,
+        conditioning: Mapping[str, Tensor],  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the network reads, ``[N, L, 4 C]``, and the places ``[L, 3]`` of the tokens.
+
+        The latents' own tokens come first.
+        """
+        return pack(latents), positions(latents)
 
 
-def pack(latents: Tensor) -> Tensor:
-    """Return ``[N, h/2 w/2, 4 C]`` tokens of ``[N, C, h, w]``: each is a square of 2 x 2."""
-    squares = latents.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 2))  # N, C, h/2, 2, w/2, 2
-    return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """Undo :func:`pack`."""
-    squares = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (rows, columns))  # N, h/2, w/2, C, 2, 2
-    return squares.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-
-
-def _positions(rows: int, columns: int, *, like: Tensor) -> Tensor:
-    """``[rows columns, 3]``: (0, row, column) of every image token."""
+def positions(latents: Tensor, *, image: int = 0) -> Tensor:
+    """``[L, 3]`` float32: (image, row, column) of every token of ``[N, C, h, w]`` latents."""
+    rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    ids = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
-    return ids.to(device=like.device, dtype=like.dtype)
+    ids = torch.stack([torch.full_like(row, image), row, column], dim=-1).flatten(0, 1)
+    return ids.to(device=latents.device, dtype=torch.float32)

@@ -25,13 +25,13 @@ class SD3(Family):
         self.channels = pipe.transformer.config.in_channels
         self._largest = pipe.transformer.config.pos_embed_max_size * self.patch
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Return (C, h, w); the position table also limits the size."""
         shape = super().latent_shape(height, width)
         if max(shape[1:]) > self._largest:
             raise ConfigError(
                 "The image may measure at most "
-                f"{self._largest * self.pipe.vae_scale_factor} pixels for this model; "
+                f"{self._largest * self.scale} pixels for this model; "
                 f"got {height} x {width}."
             )
         return shape
@@ -58,36 +58,10 @@ class SD3(Family):
         width: int = self.pipe.transformer.config.joint_attention_dim
         return self.pipe.text_encoder_3 is None and width == clip_width
 
-    def needs_negative(self, guidance: float) -> bool:
-        """Guidance above 1 compares with the empty prompt."""
-        if guidance < 1:
-            raise ConfigError(f"guidance_scale must be at least 1 (1: none); got {guidance}.")
-        return guidance > 1
-
-    def velocity(
-        self,
-        network: nn.Module,
-        latents: Tensor,
-        sigma: Tensor,
-        conditioning: Mapping[str, Tensor],
-        *,
-        guidance: float,
-        negative: Mapping[str, Tensor] | None,
-    ) -> Tensor:
-        """Return the velocity; with guidance both halves run in one batch."""
-        if negative is None:
-            return self._forward(network, latents, sigma, conditioning)
-        both = {
-            name: torch.cat([negative[name].expand_as(value), value])
-            for name, value in conditioning.items()
-        }
-        out = self._forward(network, torch.cat([latents] * 2), torch.cat([sigma] * 2), both)
-        unconditional, conditional = out.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
-
-    def _forward(
+    def forward(
         self, network: nn.Module, latents: Tensor, sigma: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
+        """Return the velocity."""
         out: Tensor = network(
             hidden_states=latents.to(self.dtype),
             timestep=1000 * sigma,

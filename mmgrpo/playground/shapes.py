@@ -1,0 +1,140 @@
+"""The shapes task: draw "two red circles" or "a blue square left of a green circle".
+
+``build_shapes`` writes an ordinary ``StableDiffusion3Pipeline`` folder, half-trained by the recipe
+of the image task, and the prompts with the conditions that pictures must meet. Reward and judge are
+both ``image_shapes``, a verifier without weights: the reward is the share of conditions met, the
+judge demands all of them and is stricter about colour, size and position.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import AddedToken
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from mmgrpo.playground.flow_pretraining import Pretraining, Progress
+from mmgrpo.playground.image_model import Design, build_pipeline
+from mmgrpo.playground.pretraining import train_transformer
+from mmgrpo.playground.shapes_drawing import SIZE, Scene, all_scenes, render, spoiled
+
+WORDS = ("a", "two", "three", "red", "green", "blue", "circle", "square", "triangle", "circles",
+         "squares", "triangles", "left", "right", "of", "above", "below")  # fmt: skip
+NUM_CLIP_TOKENS = 12  # eight words, start, end, and two of padding
+NUM_T5_TOKENS = 9  # eight words and the end: ``max_sequence_length``
+_VARIANTS = 24  # pictures per prompt that the base model learns from
+_HELD_OUT = 5  # every fifth prompt is kept for evaluation
+
+
+def build_clip_tokenizer() -> CLIPTokenizer:
+    """Builds a CLIP tokenizer in which each word of the prompts is one token."""
+    letters = sorted({letter for word in WORDS for letter in word})
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[],
+        model_max_length=NUM_CLIP_TOKENS,
+    )
+    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in WORDS])
+    return tokenizer
+
+
+SHAPES = Design(
+    height=SIZE,
+    width=SIZE,
+    channels=3,
+    patch_size=4,
+    shift_factor=-0.889,
+    scaling_factor=2.554,
+    clip_tokenizer=build_clip_tokenizer,
+    words=WORDS,
+    num_t5_tokens=NUM_T5_TOKENS,
+)
+PRETRAINING = Pretraining(steps=3000, batch_size=64, wrong_rate=0.06)
+
+
+def is_held_out(number: int) -> bool:
+    """Tells whether a scene of ``all_scenes`` is kept for evaluation: 63 of 315 are."""
+    return number % _HELD_OUT == 2
+
+
+class PictureBook:
+    """Pictures of every scene, some of them spoiled, so that a batch is one lookup.
+
+    Args:
+        scenes: What is drawn.
+        wrong_rate: Probability that a shape, colour, number or position is not what was asked for.
+        seed: Fixes the pictures.
+    """
+
+    def __init__(self, scenes: Iterable[Scene], wrong_rate: float, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        pictures = [
+            [render(spoiled(scene, wrong_rate, rng), rng) for _ in range(_VARIANTS)]
+            for scene in scenes
+        ]
+        self.pictures = torch.from_numpy(np.array(pictures)).permute(0, 1, 4, 2, 3)
+
+    def draw(self, scenes: Tensor, generator: torch.Generator) -> Tensor:
+        """Picks a random picture of each scene.
+
+        Args:
+            scenes: int64 ``[B]`` indices.
+            generator: Source of all randomness.
+
+        Returns:
+            ``[B, 3, 24, 24]`` in [-1, 1].
+        """
+        picks = torch.randint(0, _VARIANTS, scenes.shape, generator=generator)
+        return self.pictures[scenes, picks] / 127.5 - 1.0
+
+
+def write_rows(path: Path, scenes: Iterable[Scene]) -> None:
+    """Writes one JSON line per scene."""
+    path.write_text("".join(json.dumps(scene.row) + "\n" for scene in scenes), encoding="utf-8")
+
+
+def build_shapes(
+    out_dir: str | Path,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    pretraining: Pretraining = PRETRAINING,
+) -> None:
+    """Builds the shapes task: model and prompts.
+
+    Writes ``model/``, ``train.jsonl`` (252 prompts) and ``eval.jsonl`` (the 63 held out of
+    reinforcement learning; pre-training saw all).
+
+    Args:
+        out_dir: The folder to write; made if missing.
+        seed: Fixes weights, pictures and batches.
+        progress: Receives lines of text.
+        pretraining: How far to train the model; the default takes some minutes.
+    """
+    report = progress or (lambda _: None)
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    scenes = all_scenes()
+    write_rows(out / "train.jsonl", (s for n, s in enumerate(scenes) if not is_held_out(n)))
+    write_rows(out / "eval.jsonl", (s for n, s in enumerate(scenes) if is_held_out(n)))
+    pipeline = build_pipeline(seed, SHAPES)
+    book = PictureBook(scenes, pretraining.wrong_rate, seed)
+    prompts = [*(scene.prompt for scene in scenes), ""]
+    train_transformer(
+        pipeline,
+        pretraining,
+        prompts,
+        book.draw,
+        seed=seed,
+        num_t5_tokens=SHAPES.num_t5_tokens,
+        progress=progress,
+    )
+    pipeline.save_pretrained(out / "model")
+    report(f"shapes task written to {out}")

@@ -1,0 +1,136 @@
+"""Prompts about coloured shapes, what they ask for, and pictures of it on 24 x 24 pixels."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 20, 20),
+    "green": (0, 160, 0),
+    "blue": (0, 0, 255),
+}
+SHAPES = ("circle", "square", "triangle")
+COUNTS = {1: "a", 2: "two", 3: "three"}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+"""Where the first shape of a prompt stands to the second: right and down are positive."""
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+SIZE = 24
+_FINE = 4  # subpixels per pixel and direction
+_APART = 10.5  # pixels between centres, in one direction at least: shapes never touch
+_EDGE = 5.75  # pixels between a centre and the border
+_RADII = {"circle": (3.9, 4.9), "square": (3.4, 4.3), "triangle": (4.8, 5.4)}
+"""Half the height that a shape may have."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some equal shapes: a part of a scene."""
+
+    shape: str
+    colour: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a prompt asks for: one group, or one shape and where it stands to another."""
+
+    groups: tuple[Group, ...]
+    relation: str | None = None
+
+    @property
+    def prompt(self) -> str:
+        """The scene in words."""
+        words = [
+            f"{COUNTS[g.count]} {g.colour} {g.shape}{'s' if g.count > 1 else ''}"
+            for g in self.groups
+        ]
+        return f" {self.relation} ".join(words)
+
+    @property
+    def row(self) -> dict[str, object]:
+        """The data row: the prompt and its conditions, as ``image_shapes`` reads them."""
+        include: list[dict[str, object]] = [
+            {"class": group.shape, "color": group.colour, "count": group.count}
+            for group in self.groups
+        ]
+        if self.relation is not None:
+            include[0]["position"] = [self.relation, 1]
+        return {"prompt": self.prompt, "include": include}
+
+
+def all_scenes() -> list[Scene]:
+    """Return the scenes that are asked for: 27 of equal shapes, and 288 pairs."""
+    kinds = list(itertools.product(SHAPES, COLOURS))
+    equal = [Scene((Group(*kind, count),)) for count in COUNTS for kind in kinds]
+    pairs = [
+        Scene((Group(*first), Group(*second)), relation)
+        for relation in RELATIONS
+        for first, second in itertools.permutations(kinds, 2)
+    ]
+    return equal + pairs
+
+
+def spoiled(scene: Scene, rate: float, rng: np.random.Generator) -> Scene:
+    """Return a scene in which each shape, colour, number and position is random at a rate."""
+
+    def other(group: Group) -> Group:
+        shape, colour, count = rng.random(3) < rate
+        return Group(
+            str(rng.choice(SHAPES)) if shape else group.shape,
+            str(rng.choice([*COLOURS])) if colour else group.colour,
+            int(rng.choice([*COUNTS])) if count and len(scene.groups) == 1 else group.count,
+        )
+
+    relation = scene.relation
+    if relation is not None and rng.random() < rate:
+        relation = OPPOSITE[relation] if rng.random() < 0.5 else relation
+    return replace(scene, groups=tuple(other(g) for g in scene.groups), relation=relation)
+
+
+def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Draw a scene on black, with random places and sizes.
+
+    Returns:
+        uint8 ``[24, 24, 3]``.
+    """
+    shapes = [group for group in scene.groups for _ in range(group.count)]
+    places = _places(len(shapes), scene.relation, rng)
+    fine = np.zeros((SIZE * _FINE, SIZE * _FINE, 3), dtype=np.float32)
+    for group, (x, y) in zip(shapes, places, strict=True):
+        fine[_mask(group.shape, x, y, rng.uniform(*_RADII[group.shape]))] = COLOURS[group.colour]
+    coarse = fine.reshape(SIZE, _FINE, SIZE, _FINE, 3).mean(axis=(1, 3))
+    return np.rint(coarse).astype(np.uint8)
+
+
+def _places(count: int, relation: str | None, rng: np.random.Generator) -> np.ndarray:
+    """``[count, 2]`` centres, x and y."""
+    if count > 2:  # three of the four quarters
+        quarters = rng.permutation(4)[:count]
+        centres = np.stack([quarters % 2, quarters // 2], axis=1) * (SIZE / 2) + SIZE / 4
+        return centres + rng.uniform(-0.6, 0.6, centres.shape)
+    while True:
+        places = rng.uniform(_EDGE, SIZE - _EDGE, (count, 2))
+        if count == 1:
+            return places
+        offset = places[0] - places[1]
+        along = np.abs(offset).max() if relation is None else offset @ RELATIONS[relation]
+        if along >= _APART:
+            return places
+
+
+def _mask(shape: str, x: float, y: float, radius: float) -> np.ndarray:
+    """``[96, 96]`` bool: the subpixels of a shape."""
+    rows, columns = (np.indices((SIZE * _FINE, SIZE * _FINE)) + 0.5) / _FINE
+    right, down = columns - x, rows - y
+    half_width = (down + radius) / 2  # of a triangle with its tip above
+    inside = {
+        "circle": right**2 + down**2 <= radius**2,
+        "square": np.maximum(np.abs(right), np.abs(down)) <= radius,
+        "triangle": (np.abs(right) <= half_width) & (down <= radius),
+    }
+    return inside[shape]

@@ -1,0 +1,147 @@
+"""The engine for autoregressive image generators: tokens as usual, then pictures.
+
+Shapes: R rows of T tokens, of which r are being written, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from mmgrpo.core.trajectories import Trajectories
+from mmgrpo.errors import DataError
+from mmgrpo.protocols import Prompt, Sample
+from mmgrpo.rollout.autoregressive import AutoregressiveEngine, TokenPolicy
+
+QUESTIONS = "questions"
+"""Column with a row's questions: pairs of a question and its answer."""
+TEXT, IMAGE, DONE = 0, 1, 3
+"""Kinds of places: decisions in the plan and in the picture; after the last code."""
+
+
+class Answerer(TokenPolicy, Protocol):
+    """What answers questions about pictures."""
+
+    def ask(self, ids: Tensor, questions: Sequence[Sequence[str]]) -> list[Any]:
+        """Return the questions about the pictures in ``ids [B, T]`` as prompts, in order."""
+        ...
+
+
+class DrawingPolicy(TokenPolicy, Protocol):
+    """What the engine needs of a policy whose samples are pictures."""
+
+    layout: Any
+
+    def kinds(self, ids: Tensor, place: Tensor) -> Tensor:
+        """Return what places in samples are for."""
+        ...
+
+    def kind_distribution(self, logits: Tensor, temperature: float, kinds: Tensor) -> Tensor:
+        """Return ``[r, V]`` log-probabilities of tokens of the kinds ``[r]``."""
+        ...
+
+    def draw(self, ids: Tensor) -> list[Image]:
+        """Return the pictures in complete samples."""
+        ...
+
+    def plans(self, ids: Tensor) -> list[str | None]:
+        """Return the plans in samples."""
+        ...
+
+    def answering(self) -> Answerer:
+        """Return the same model as one that answers questions."""
+        ...
+
+
+class ImageTokenEngine(AutoregressiveEngine):
+    """Samples plans and pictures; a place that allows one token only is no decision.
+
+    ``segment`` is 0 in the plan and 1 in the picture. Where it is told to, it lets the model answer
+    the questions of the prompt about the picture that it drew (greedily, by the same weights).
+    """
+
+    policy: DrawingPolicy
+
+    def __init__(
+        self,
+        policy: DrawingPolicy,
+        *,
+        ask_questions: bool = False,
+        max_answer_tokens: int = 16,
+        **sampling: Any,
+    ) -> None:
+        """Choose how to sample.
+
+        Args:
+            policy: what to sample from.
+            ask_questions: fill ``Sample.self_answers``.
+            max_answer_tokens: a longer answer is cut.
+            **sampling: see :class:`AutoregressiveEngine`.
+
+        Raises:
+            ConfigError: a number out of its range.
+        """
+        super().__init__(policy, max_new_tokens=policy.layout.room, **sampling)
+        self._answerer = policy.answering() if ask_questions else None
+        self._answers = AutoregressiveEngine(
+            policy.answering(), max_new_tokens=max_answer_tokens, temperature=0.0
+        )
+
+    def _distribution(self, logits: Tensor, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:
+        kinds = self.policy.kinds(ids[rows], count[:, None]).squeeze(1)
+        return self.policy.kind_distribution(logits, self._temperature or 1.0, kinds)
+
+    def _has_stop(self, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:
+        """Return ``[r]``: the picture is complete."""
+        return self.policy.kinds(ids[rows], count[:, None]).squeeze(1) == DONE
+
+    def _assemble(self, *arguments: Any) -> Trajectories:
+        trajectories = super()._assemble(*arguments)
+        ids, mask = trajectories.payload.completion_ids, trajectories.mask
+        place = torch.arange(mask.shape[1], device=mask.device)
+        kinds = self.policy.kinds(ids, place)
+        decides = (kinds == TEXT) | (kinds == IMAGE)
+        return trajectories.replace(mask=mask & decides, segment=kinds.clamp(max=IMAGE))
+
+    def _samples(self, trajectories: Trajectories, prompts: Sequence[Prompt]) -> list[Sample]:
+        ids, lengths = trajectories.payload.completion_ids, trajectories.lengths.tolist()
+        owners = [prompt for prompt in prompts for _ in range(len(ids) // len(prompts))]
+        columns = (owners, self.policy.plans(ids), self.policy.draw(ids), lengths)
+        answers = self._self_answers(ids, owners)
+        return [
+            Sample(prompt, completion=plan, image=image, length=n, self_answers=answered)
+            for prompt, plan, image, n, answered in zip(*columns, answers, strict=True)
+        ]
+
+    def _self_answers(self, ids: Tensor, owners: list[Prompt]) -> list[tuple[str, ...] | None]:
+        """What the model says about each picture, for every question of its prompt."""
+        if self._answerer is None:
+            return [None] * len(owners)
+        questions = [_questions(prompt) for prompt in owners]
+        asked = self._answerer.ask(ids, questions)
+        rollout = self._answers.generate(asked, group_size=1, seed=0)
+        texts = iter([sample.completion or "" for sample in rollout.samples])
+        return [tuple(next(texts) for _ in several) for several in questions]
+
+
+def _questions(prompt: Prompt) -> list[str]:
+    """The questions of a row.
+
+    Raises:
+        DataError: the row has none, or something else in their place.
+    """
+    pairs = prompt.columns.get(QUESTIONS)
+    try:
+        questions = [str(question) for question, _ in pairs or ()]
+    except (TypeError, ValueError):
+        questions = []
+    if not questions:
+        raise DataError(
+            f"{prompt.place}: rollout.ask_questions needs the column '{QUESTIONS}', a list of "
+            f"[question, answer] pairs; got {pairs!r}."
+        )
+    return questions
