@@ -137,7 +137,10 @@ def infer_modality(folder: Path) -> str:
             f"{folder} is not a model folder: it has neither config.json nor model_index.json "
             "(for a hub id, pass modality='text', 'vision', 'image' or 'video')."
         )
-    return "vision" if "vision_config" in json.loads(config.read_text()) else "text"
+    document = json.loads(config.read_text())
+    if document.get("model_type") == "image_scales":
+        return "image_scales"
+    return "vision" if "vision_config" in document else "text"
 
 
 def _as_list(reward: Any) -> list[Any]:

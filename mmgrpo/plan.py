@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from mmgrpo.config import Config
 from mmgrpo.config.flow_schema import ImageRollout
 from mmgrpo.config.image_layout import read_layout
-from mmgrpo.config.token_schema import ImageTokensModel
+from mmgrpo.config.scale_shape import read_shape
 from mmgrpo.errors import (
     ConfigError,
     DataError,
@@ -22,6 +23,11 @@ from mmgrpo.methods import Method
 from mmgrpo.protocols import Policy, Prompt
 
 REFERENCE_NEEDS = frozenset({"ref_log_prob", "ref_prediction"})
+FOLDER_KNOWS: dict[str, Callable[[Any], int]] = {
+    "image_tokens": lambda model: read_layout(model.path).with_plan(model.plan_tokens).room,
+    "image_scales": lambda model: read_shape(model.path).room,
+}
+"""Modality -> decisions of a sample, where the model's folder says it."""
 
 
 def check_method(method: Method, config: Config, world: int = 1) -> None:
@@ -139,16 +145,20 @@ def describe(config: Config, method: Method) -> str:
 def cost(config: Config, method: Method) -> dict[str, str]:
     """Upper bounds of the work of a run, by name."""
     rollout, settings = config.rollout, config.trainer
-    samples = rollout.group_size * rollout.prompts_per_step
-    decisions = samples * decisions_per_sample(config, method)
+    endings = len(method.rollout.suffix.strides)
+    noises = rollout.group_size * rollout.prompts_per_step
+    samples, decisions = noises * endings, noises * decisions_per_sample(config, method)
     updates = settings.epochs * settings.minibatches
-    batch = -(-rollout.prompts_per_step // settings.minibatches) * rollout.group_size
+    group = rollout.group_size * endings
+    batch = -(-rollout.prompts_per_step // settings.minibatches) * group
     micro = min(settings.micro_batch_size or batch, batch)
     backwards = updates * -(-batch // micro)
     rounds = method.sampler.max_rounds if method.sampler.valid_fraction else 1
     return {
         "per step": f"{samples} samples ({rollout.prompts_per_step} prompts x "
-        f"{rollout.group_size}), {_at_most(decisions)}"
+        f"{rollout.group_size}"
+        + (f" x {endings} granularities" if endings > 1 else "")
+        + f"), {_at_most(decisions)}"
         + (f", up to {rounds} rounds of sampling" if rounds > 1 else ""),
         "update": f"{updates} optimiser step(s), {backwards} backward pass(es) of at most "
         f"{micro} samples" + (", and a reference pass" if method.needs & REFERENCE_NEEDS else ""),
@@ -163,9 +173,9 @@ def decisions_per_sample(config: Config, method: Method) -> int:
     rollout: Any = config.rollout
     if method.rollout.matching.on:
         return method.rollout.matching.count(rollout.num_steps)
-    if isinstance(config.model, ImageTokensModel):
+    if config.modality in FOLDER_KNOWS:
         try:
-            return read_layout(config.model.path).with_plan(config.model.plan_tokens).room
+            return FOLDER_KNOWS[config.modality](config.model)
         except ModelError:
             return 0
     return int(getattr(rollout, "max_new_tokens", None) or rollout.num_steps)

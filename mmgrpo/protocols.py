@@ -51,9 +51,9 @@ class Sample:
 
     One of ``completion`` (text), ``image`` and ``video`` (frames in order) is set; an image that
     the model planned in words first has the plan as its ``completion``. ``length`` is the number of
-    sampled tokens, for rewards that look at it. ``self_answers`` are what the model says of its own
-    image, one answer to each of the prompt's questions, where it was asked. ``mismatch`` describes the tokens about which a
-    separate engine and the policy disagree most.
+    sampled tokens, for rewards that look at it. ``mismatch`` describes the tokens about which a
+    separate engine and the policy disagree most. ``self_answers`` are what an image-token model
+    says about its own image, one for each of the prompt's questions; none where it was not asked.
     """
 
     prompt: Prompt
@@ -132,7 +132,8 @@ class Policy(Protocol):
 
     ``network`` owns every weight the evaluation uses; those that train have
     ``requires_grad``. ``evaluate`` is the only way log-probabilities are computed in training, and
-    reads the trajectories' ``payload``, ``mask`` and stored predictions, nothing else.
+    reads the trajectories' ``payload``, ``mask``, stored predictions, ``target`` and ``sigma``,
+    nothing else.
     """
 
     modality: str

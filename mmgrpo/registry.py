@@ -73,6 +73,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
     "objective": {
         "policy_gradient": _CORE + "objectives:policy_gradient",
         "reinforce": _CORE + "objectives:reinforce",
+        "score_entropy": _CORE + "score_entropy:score_entropy",
         "log_policy_gradient": _CORE + "objectives:log_policy_gradient",
         "weighted_policy_gradient": _CORE + "objectives:weighted_policy_gradient",
         "preference": _CORE + "preference_objectives:preference",
@@ -87,6 +88,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "token_mean": _CORE + "aggregation:token_mean",
         "sequence_mean_token_sum": _CORE + "aggregation:sequence_mean_token_sum",
         "constant_norm": _CORE + "aggregation:constant_norm",
+        "sequence_mean_segment_mean": _CORE + "aggregation:sequence_mean_segment_mean",
     },
     "correction": {
         "none": _CORE + "corrections:none",
@@ -124,6 +126,8 @@ MODALITIES: dict[str, str] = {
     "image": "mmgrpo.modalities.flow:IMAGE",
     "video": "mmgrpo.modalities.flow:VIDEO",
     "image_tokens": "mmgrpo.modalities.image_tokens:IMAGE_TOKENS",
+    "masked_text": "mmgrpo.modalities.masked_text:MASKED_TEXT",
+    "image_scales": "mmgrpo.modalities.image_scales:IMAGE_SCALES",
 }
 """Modalities: name -> target. The configuration's schema has a class for each."""
 

@@ -8,11 +8,11 @@ signature::
 with ``images`` in place of ``completions`` for image generators and ``videos`` (lists of frames)
 for video generators. It may be ``async``, or a class whose instances are called. Parameters without
 a default (beside the sample's own: ``prompts``, ``completions``, ``images``, ``videos``,
-``lengths``, ``truncated``) are columns the data must have; keyword-only parameters with a default,
-and the parameters of a class, are options of the run's configuration. ``None`` means that the
-reward does not apply to the sample. What the model wrote scores a documented value even when it
-cannot be parsed; a reward that cannot do its own work (an unreadable reference answer, a missing
-file) raises, and is never counted as 0.
+``lengths``, ``truncated``, ``self_answers``) are columns the data must have; keyword-only
+parameters with a default, and the parameters of a class, are options of the run's configuration.
+``None`` means that the reward does not apply to the sample. What the model wrote scores a
+documented value even when it cannot be parsed; a reward that cannot do its own work (an unreadable
+reference answer, a missing file) raises, and is never counted as 0.
 """
 
 if __name__ == "rewards":
@@ -31,8 +31,10 @@ REWARDS: dict[str, str] = {
     "image_pickscore": "mmgrpo.rewards.image_pickscore:ImagePickscore",
     "image_reward": "mmgrpo.rewards.image_reward:ImageReward",
     "image_shapes": "mmgrpo.rewards.image_shapes:ImageShapes",
+    "image_templates": "mmgrpo.rewards.image_templates:ImageTemplates",
     "image_win_rate": "mmgrpo.rewards.image_win_rate:ImageWinRate",
     "length_penalty": "mmgrpo.rewards.length_penalty:LengthPenalty",
+    "mask_tokens": "mmgrpo.rewards.mask_tokens:MaskTokens",
     "math_answer": "mmgrpo.rewards.math_answer:math_answer",
     "multiple_choice": "mmgrpo.rewards.multiple_choice:multiple_choice",
     "numeric_tolerance": "mmgrpo.rewards.numeric_tolerance:numeric_tolerance",

@@ -12,7 +12,7 @@ def exact_answer(
     completions: list[Any],
     answer: list[Any],
     *,
-    tag: str = "answer",
+    tag: str | None = "answer",
     case_sensitive: bool = False,
     **_columns: Any,
 ) -> list[float | None]:
@@ -27,13 +27,17 @@ def exact_answer(
     Args:
         completions: what the model wrote.
         answer: one reference per completion; numbers are compared as they are written.
-        tag: name of the tag.
+        tag: name of the tag; null compares the whole completion.
         case_sensitive: keep case.
     """
     return [
-        None if gold is None else _match(last_tag(text_of(completion), tag), gold, case_sensitive)
+        None if gold is None else _match(_found(text_of(completion), tag), gold, case_sensitive)
         for completion, gold in zip(completions, answer, strict=True)
     ]
+
+
+def _found(text: str, tag: str | None) -> str | None:
+    return text if tag is None else last_tag(text, tag)
 
 
 def _match(found: str | None, gold: Any, case_sensitive: bool) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def self_answer(
-    self_answers: list[Sequence[str] | None],
+    self_answers: list[Sequence[str]],
     questions: list[list[Sequence[str]] | None],
     *,
     case_sensitive: bool = False,
@@ -34,10 +34,8 @@ def self_answer(
     ]
 
 
-def _share(
-    answers: Sequence[str] | None, pairs: list[Sequence[str]], case_sensitive: bool
-) -> float:
-    if answers is None:
+def _share(answers: Sequence[str], pairs: list[Sequence[str]], case_sensitive: bool) -> float:
+    if not answers:
         raise ValueError("the model was not asked; set rollout.ask_questions=true")
     right = [
         _plain(answer, case_sensitive) == _plain(str(pair[1]), case_sensitive)

@@ -22,7 +22,7 @@ def image_vocabulary(**changes):
     begin, end, plan, first = tokenizer.convert_tokens_to_ids(names[:4])
     options = {
         "grid": GRID, "code_offset": first, "num_codes": CODES, "begin_id": begin, "end_id": end,
-        "plan_begin_id": plan, "question_format": "{image}{question}=",
+        "plan_begin_id": plan, "question_format": "of {image}{question}=",
     }  # fmt: skip
     return tokenizer, ImageLayout(**{**options, **changes})
 

@@ -9,7 +9,10 @@ import typer
 
 
 def build(
-    task: Annotated[str, typer.Argument(help="text, vision, image, video or all.")] = "all",
+    task: Annotated[
+        str,
+        typer.Argument(help="text, vision, image, image_tokens, image_scales, video or all."),
+    ] = "all",
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Each task gets a folder of its name in it.")
     ] = Path("playground"),

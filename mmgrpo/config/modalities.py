@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from mmgrpo.config.flow_schema import ImageConfig, VideoConfig
 from mmgrpo.config.schema import Config
-from mmgrpo.config.token_schema import ImageTokensConfig, TextConfig, VisionConfig
+from mmgrpo.config.token_schema import (
+    ImageScalesConfig,
+    ImageTokensConfig,
+    MaskedTextConfig,
+    TextConfig,
+    VisionConfig,
+)
 
 MODALITIES: dict[str, type[Config]] = {
     "text": TextConfig,
@@ -12,4 +18,6 @@ MODALITIES: dict[str, type[Config]] = {
     "image": ImageConfig,
     "video": VideoConfig,
     "image_tokens": ImageTokensConfig,
+    "masked_text": MaskedTextConfig,
+    "image_scales": ImageScalesConfig,
 }

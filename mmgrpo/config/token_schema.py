@@ -54,7 +54,7 @@ class Engine(Section):
     """A server that `mmgrpo serve` started; null: vLLM in the trainer's process."""
     folder: str | None = None
     """Where the server finds the weights, on a disk that it sees; null: a temporary folder."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
     """Further arguments of vLLM, such as gpu_memory_utilization."""
 
     @model_validator(mode="after")
@@ -148,4 +148,50 @@ class ImageTokensConfig(Config):
     modality: Literal["image_tokens"]
     model: ImageTokensModel
     rollout: ImageTokensRollout = ImageTokensRollout()
+    eval: ImageTokensEval = ImageTokensEval()
+
+
+class MaskedTextRollout(Rollout):
+    """How responses are unmasked."""
+
+    max_new_tokens: PositiveInt = 128
+    """Length of a response; what follows its end token does not count."""
+    num_steps: PositiveInt | None = None
+    """Network calls of a response; null: one for each token."""
+    block_length: PositiveInt | None = None
+    """Blocks of this length are completed from left to right; null: one block."""
+    order: Literal["random", "confidence"] = "random"
+    """Which tokens go first; only random has exact log-probabilities."""
+    temperature: PositiveFloat = 1.0
+
+
+class MaskedTextEval(TextEval):
+    """Evaluation of responses."""
+
+    order: Literal["random", "confidence"] = "confidence"
+
+
+class MaskedTextConfig(Config):
+    """A run that trains a masked diffusion language model."""
+
+    modality: Literal["masked_text"]
+    model: TextModel
+    data: TextData
+    rollout: MaskedTextRollout = MaskedTextRollout()
+    eval: MaskedTextEval = MaskedTextEval()
+
+
+class ImageScalesRollout(Rollout):
+    """How pictures are drawn, scale by scale: from the softmax itself, without filters."""
+
+    temperature: PositiveFloat = 1.0
+
+
+class ImageScalesConfig(Config):
+    """A run that trains a next-scale image generator."""
+
+    modality: Literal["image_scales"]
+    model: Model
+    data: Data
+    rollout: ImageScalesRollout = ImageScalesRollout()
     eval: ImageTokensEval = ImageTokensEval()

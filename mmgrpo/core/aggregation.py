@@ -38,6 +38,8 @@ def denominators(trajectories: Trajectories, collective: Collective = LOCAL) -> 
 
 SUMS_DECISIONS = frozenset({"token_mean"})
 """Aggregations that add up decisions, whatever row they stand in."""
+READS_SEGMENTS = frozenset({"sequence_mean_segment_mean"})
+"""Aggregations that read the span ids."""
 
 
 def sequence_mean_token_mean(loss: Tensor, weight: Tensor, total: Denominators) -> Tensor:
@@ -50,6 +52,32 @@ def sequence_mean_token_mean(loss: Tensor, weight: Tensor, total: Denominators) 
 def token_mean(loss: Tensor, weight: Tensor, total: Denominators) -> Tensor:
     """Sum of the loss / sum_i T_i: every decision counts the same (DAPO)."""
     return (loss * weight).sum() / total.decisions
+
+
+def sequence_mean_segment_mean(
+    loss: Tensor, weight: Tensor, total: Denominators, *, segment: Tensor | None = None
+) -> Tensor:
+    """(1/N) sum_i (1/K_i) sum_k (1/n_ik) sum_t loss: every segment of a sample counts the same.
+
+    Next-scale generators have a segment per scale, so that the last, which owns most of the codes,
+    does not drown the others (arXiv:2601.02256).
+
+    Args:
+        loss: ``[B, T]``.
+        weight: ``[B, T]``; segments in which it is 0 do not count.
+        total: counts over the whole update.
+        segment: ``[B, T]`` non-negative span ids, local to the row; the method supplies them.
+
+    Raises:
+        ValueError: no segments.
+    """
+    if segment is None:
+        raise ValueError("aggregate sequence_mean_segment_mean needs trajectories.segment")
+    blank = loss.new_zeros(len(loss), int(segment.max()) + 1 if segment.numel() else 1)
+    count = blank.scatter_add(1, segment, weight.to(loss.dtype))
+    mean = blank.scatter_add(1, segment, loss * weight) / count.clamp_min(1e-12)
+    per_sequence = mean.sum(dim=1) / (count > 0).sum(dim=1).clamp_min(1)
+    return per_sequence.sum() / total.sequences
 
 
 def sequence_mean_token_sum(loss: Tensor, weight: Tensor, total: Denominators) -> Tensor:

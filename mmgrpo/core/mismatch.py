@@ -42,13 +42,15 @@ def mismatch_metrics(log_probs: Tensor) -> dict[str, float]:
         return {}
     engine, policy = log_probs.double().unbind(-1)
     ordered = (policy - engine).sort().values
-    places = {name: max(0, -(-int(q * 100) * len(ordered) // 100) - 1) for name, q in QUANTILES.items()}
+    places = {
+        name: max(0, -(-int(q * 100) * len(ordered) // 100) - 1) for name, q in QUANTILES.items()
+    }
     found = {name: float(ordered[place].exp()) for name, place in places.items()}
     return {"mismatch/kl": float(k3(engine, policy).mean()), **found}
 
 
 def worst_decisions(trajectories: Trajectories, count: int) -> list[list[int]]:
-    """Positions of each row's decisions with the largest \\|l\\|, worst first, at most ``count``."""
+    """Each row's decisions with the largest absolute l, worst first, at most ``count`` of them."""
     engine, policy = trajectories.rollout_log_prob, trajectories.old_log_prob
     if engine is None or policy is None:
         return [[] for _ in range(len(trajectories))]

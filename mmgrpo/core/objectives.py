@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -71,10 +72,14 @@ COUPLES_ROWS: frozenset[str] = READS_PAIRS | {"group_preference", "centred_rewar
 
 
 class Surrogate(NamedTuple):
-    """Loss ``[B, T]`` and ``kept [B, T]`` bool, False where a bound cut the gradient."""
+    """Loss ``[B, T]`` and ``kept [B, T]`` bool, False where a bound cut the gradient.
+
+    ``metrics``: name -> ``[B, T]``, whose mean over the trained decisions is worth a look.
+    """
 
     loss: Tensor
     kept: Tensor
+    metrics: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def policy_gradient(decisions: Decisions, *, trust_region: TrustRegion) -> Surrogate:

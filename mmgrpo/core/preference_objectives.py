@@ -18,7 +18,12 @@ from mmgrpo.core.objectives import Decisions, Surrogate
 
 
 def preference(
-    decisions: Decisions, *, beta: float = 0.1, mean: bool = False, label_smoothing: float = 0.0
+    decisions: Decisions,
+    *,
+    beta: float = 0.1,
+    mean: bool = False,
+    label_smoothing: float = 0.0,
+    supervised: float = 0.0,
 ) -> Surrogate:
     """-log sigmoid(beta (s_w - s_l)), s the sample's log-ratio to the reference (DPO, 2305.18290).
 
@@ -27,18 +32,22 @@ def preference(
         beta: strength of the hold to the reference, inverse nats.
         mean: s is the mean over a sample's decisions, not the sum.
         label_smoothing: probability that a label is wrong, below 1/2 (conservative DPO).
+        supervised: weight of minus the preferred sample's own log-probability, summed or averaged
+            like s.
 
     Raises:
         ValueError: an option out of its range, or no pairs.
     """
     score = sequence_score(_moved(decisions), _mask(decisions), mean=mean)
     preferred, rejected = _pairs(decisions).unbind(dim=1)
-    loss = logistic(beta * (score[preferred] - score[rejected]), label_smoothing)
-    mask = _mask(decisions)
-    everywhere = loss[:, None].expand(-1, mask.shape[1])
-    valid = torch.ones_like(everywhere, dtype=torch.bool)
-    spread_out = spread(everywhere, valid, _pairs(decisions), len(mask))
-    return Surrogate(spread_out, torch.ones_like(mask))
+    margin = beta * (score[preferred] - score[rejected])[:, None]
+    margin = margin.expand(-1, decisions.log_prob.shape[1])
+    valid = torch.ones_like(margin, dtype=torch.bool)
+    loss = logistic(margin, label_smoothing)
+    if supervised:
+        own = sequence_score(decisions.log_prob, _mask(decisions), mean=mean)
+        loss = loss - supervised * own[preferred][:, None]
+    return _surrogate(loss, margin, decisions, valid=valid)
 
 
 def step_preference(
@@ -66,8 +75,8 @@ def step_preference(
     moved = _moved(decisions)
     bounded = moved if clip is None else moved.clamp(*_log_bounds(clip))
     preferred, rejected = _pairs(decisions).unbind(dim=1)
-    loss = logistic(beta * (bounded[preferred] - bounded[rejected]), label_smoothing)
-    return _by_decision(loss, decisions, kept=bounded == moved)
+    margin = beta * (bounded[preferred] - bounded[rejected])
+    return _surrogate(logistic(margin, label_smoothing), margin, decisions, kept=bounded == moved)
 
 
 def semi_preference(
@@ -92,7 +101,8 @@ def semi_preference(
     preferred, rejected = _pairs(decisions).unbind(dim=1)
     other = {"sign": -1.0, "drop": 0.0}[flip]
     sign = torch.where(moved[preferred].detach() >= 0, moved.new_tensor(1.0), other)
-    return _by_decision(logistic(beta * (moved[preferred] - sign * moved[rejected])), decisions)
+    loss = logistic(beta * (moved[preferred] - sign * moved[rejected]))
+    return _surrogate(loss, beta * (moved[preferred] - moved[rejected]), decisions)
 
 
 def logistic(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -117,7 +127,7 @@ def spread(loss: Tensor, valid: Tensor, pairs: Tensor, size: int) -> Tensor:
     """Put losses of pairs at the decisions of their rows.
 
     Args:
-        loss: ``[N, T]``.
+        loss: ``[N, T]``, or another value of pairs.
         valid: ``[N, T]`` bool, what counts.
         pairs: ``[N, 2]`` rows.
         size: number of rows B.
@@ -134,12 +144,30 @@ def spread(loss: Tensor, valid: Tensor, pairs: Tensor, size: int) -> Tensor:
     return total / count.clamp_min(1)
 
 
-def _by_decision(loss: Tensor, decisions: Decisions, kept: Tensor | None = None) -> Surrogate:
-    """Losses ``[N, T]`` that count where both samples of the pair have a decision."""
+def _surrogate(
+    loss: Tensor,
+    margin: Tensor,
+    decisions: Decisions,
+    *,
+    valid: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> Surrogate:
+    """Spread losses and margins ``[N, T]`` of pairs over their rows.
+
+    They count where ``valid [N, T]`` says, by default where both samples have a decision. An equal
+    margin counts as half right.
+    """
     mask, pairs = _mask(decisions), _pairs(decisions)
-    valid = mask[pairs].all(dim=1)
-    kept = torch.ones_like(mask) if kept is None else kept
-    return Surrogate(spread(loss, valid, pairs, len(mask)), kept)
+    valid = mask[pairs].all(dim=1) if valid is None else valid
+    right = (margin.detach().sign() + 1) / 2
+    return Surrogate(
+        spread(loss, valid, pairs, len(mask)),
+        torch.ones_like(mask) if kept is None else kept,
+        {
+            "preference/margin": spread(margin.detach(), valid, pairs, len(mask)),
+            "preference/accuracy": spread(right, valid, pairs, len(mask)),
+        },
+    )
 
 
 def _moved(decisions: Decisions) -> Tensor:

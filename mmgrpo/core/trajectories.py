@@ -210,7 +210,8 @@ class Trajectories:
 
 _PER_DECISION = (
     "old_log_prob", "rollout_log_prob", "ref_log_prob", "entropy", "values", "step_reward",
-    "advantage", "weight", "step_std", "step_length", "entropy_weight", "segment", "node", "old_prediction",
+    "advantage", "weight", "step_std", "step_length", "entropy_weight", "segment", "node",
+    "old_prediction",
     "ref_prediction", "best_prediction", "target", "sigma",
 )  # fmt: skip
 _PER_SAMPLE = (

@@ -27,7 +27,9 @@ _MODALITIES = {
     "vision": _Modality(chat=True, images=True),
     "image": _Modality(chat=False, images=True),
     "video": _Modality(chat=False, images=False),
+    "masked_text": _Modality(chat=True, images=False),
     "image_tokens": _Modality(chat=False, images=False),
+    "image_scales": _Modality(chat=False, images=False),
 }
 
 

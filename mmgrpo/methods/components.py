@@ -16,7 +16,7 @@ from mmgrpo.registry import names, resolve
 
 Options = TypeVar("Options")
 
-SUPPLIED = {"collective", "ddof", "divergence", "eps", "step_std", "trust_region"}
+SUPPLIED = {"collective", "ddof", "divergence", "eps", "segment", "step_std", "trust_region"}
 """Keyword parameters that the method passes itself."""
 
 

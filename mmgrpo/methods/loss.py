@@ -13,6 +13,7 @@ from mmgrpo.core.aggregation import Denominators, denominators
 from mmgrpo.core.objectives import READS_MATCHING, READS_REFERENCE, Decisions, Matching
 from mmgrpo.core.ratios import READS_DIVERGENCE, log_ratio
 from mmgrpo.core.trajectories import Trajectories
+from mmgrpo.methods.components import with_default
 from mmgrpo.protocols import Evaluation
 from mmgrpo.registry import resolve
 
@@ -87,9 +88,11 @@ def compute_loss(
     penalty, metrics = _regularise(method, log_prob, per_decision, trajectories, evaluation)
     total = denominators(trajectories) if total is None else total
     weight = trajectories.decision_weight.to(dtype)
-    value = method.aggregate(loss + penalty, weight, total)
+    aggregate = with_default(method.aggregate, segment=trajectories.segment)
+    value = aggregate(loss + penalty, weight, total)
     value = value + _controlled_entropy(method, trajectories, metrics)
     metrics |= {
+        **surrogate.metrics,
         "clip_fraction": (~surrogate.kept).to(dtype),
         "ratio/mean": levelled.exp(),
         "policy/approximate_kl": divergence.k3(old, log_prob),

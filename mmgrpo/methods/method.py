@@ -168,6 +168,7 @@ class Method:
             "pairs": objective in objectives.READS_PAIRS,
             "entropy": self.reads_entropy,
             "segment": self.component("ratio") == "segment"
+            or self.component("aggregate") in aggregation.READS_SEGMENTS
             or bool(self.regulariser.entropy_control.targets),
         }
         needs = {*self.requires, *(name for name, needed in asked.items() if needed)}

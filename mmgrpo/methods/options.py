@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mmgrpo.core.diffusion import MatchingRule, Suffix, Tree
+from mmgrpo.core.masked_diffusion import MaskedRule
 
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -67,7 +68,7 @@ class OldPolicy:
 
 @dataclass(frozen=True)
 class RolloutOptions:
-    """What the method fixes of a flow rollout.
+    """What the method fixes of a rollout, most of it of denoising models.
 
     Attributes:
         kernel: step kernel, see :mod:`mmgrpo.core.diffusion`; ``auto`` is that of the model's
@@ -85,6 +86,8 @@ class RolloutOptions:
             denoising steps, see :class:`mmgrpo.core.diffusion.MatchingRule`.
         old: what the old policy is, see :class:`OldPolicy`.
         drawn_by: whose weights draw the samples: the policy's, or its reference's.
+        masked: what the decisions of a masked diffusion language model are, see
+            :class:`mmgrpo.core.masked_diffusion.MaskedRule`.
         perturbation: standard deviation of a Gaussian step in weight space for each member of a
             group, which then is the only decision, see
             :class:`mmgrpo.policies.perturbed.PerturbedPolicy`; null: none.
@@ -100,6 +103,7 @@ class RolloutOptions:
     matching: MatchingRule = field(default_factory=MatchingRule)
     old: OldPolicy = field(default_factory=OldPolicy)
     drawn_by: Literal["policy", "reference"] = "policy"
+    masked: MaskedRule = field(default_factory=MaskedRule)
     perturbation: Positive | None = None
 
 

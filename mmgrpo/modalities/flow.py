@@ -15,13 +15,10 @@ from mmgrpo.modalities.sources import training_engine
 from mmgrpo.protocols import Policy, RolloutEngine
 from mmgrpo.registry import load_target
 
-
 FlowConfig = ImageConfig | VideoConfig
 
 
-def flow_policy(
-    own: Sequence[str], config: FlowConfig, folder: str, reference: str
-) -> Policy:
+def flow_policy(own: Sequence[str], config: FlowConfig, folder: str, reference: str) -> Policy:
     """Load a diffusers pipeline; ``own`` names the rollout settings that only the modality has.
 
     Raises:
@@ -62,6 +59,9 @@ def flow_engine(
             "matching": fixed.matching,
             "noise_growth": fixed.noise_growth,
             "num_steps": rollout.num_steps,
+            "keep_velocity": "old_prediction" in method.needs
+            and fixed.old.samples
+            and not fixed.matching.on,
         },
         "eval": {
             "kernel": "ode",

@@ -13,7 +13,9 @@ TASKS = {
     "vision": "mmgrpo.playground.vision:build_vision",
     "image": "mmgrpo.playground.image:build_image",
     "image_tokens": "mmgrpo.playground.image_tokens:build_image_tokens",
-    "shapes": "mmgrpo.playground.shapes:build_shapes",
+    "image_scales": "mmgrpo.playground.image_scales:build_image_scales",
+    "masks": "mmgrpo.playground.masks:build_masks",
+    "masked_text": "mmgrpo.playground.masked_text:build_masked_text",
     "video": "mmgrpo.playground.video:build_video",
 }
 ALL = "all"

@@ -24,7 +24,7 @@ class Pretraining:
         empty_prompt_rate: Probability of an empty prompt, so that guidance has something to
             contrast with.
         padded_every: Every so many steps a quarter of the batch is trained with the zero tokens of
-            a default pipeline call; a model that never met them is drowned in them.
+            a default pipeline call; a model that never met them is drowned in them. None: never.
         ema_decay: Decay of the weight average that is saved.
     """
 
@@ -33,16 +33,14 @@ class Pretraining:
     learning_rate: float = 2e-3
     wrong_rate: float = 0.2
     empty_prompt_rate: float = 0.1
-    padded_every: int = 8
+    padded_every: int | None = 8
     ema_decay: float = 0.99
 
 
 def mislabel(values: Tensor, choices: int, rate: float, generator: torch.Generator) -> Tensor:
     """Replaces int64 values, each with probability ``rate``, by one of 0 ... ``choices - 1``."""
     wrong = torch.rand(values.shape, generator=generator) < rate
-    return torch.where(
-        wrong, torch.randint(0, choices, values.shape, generator=generator), values
-    )
+    return torch.where(wrong, torch.randint(0, choices, values.shape, generator=generator), values)
 
 
 def matching_loss(
@@ -90,7 +88,7 @@ def fit(
         optimizer, max_lr=settings.learning_rate, total_steps=settings.steps, pct_start=0.1
     )
     for step in range(settings.steps):
-        value = loss(step % settings.padded_every == 0)
+        value = loss(settings.padded_every is not None and step % settings.padded_every == 0)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -1,9 +1,10 @@
 """The shapes task: draw "two red circles" or "a blue square left of a green circle".
 
 ``build_shapes`` writes an ordinary ``StableDiffusion3Pipeline`` folder, half-trained by the recipe
-of the image task, and the prompts with the conditions that pictures must meet. Reward and judge are
-both ``image_shapes``, a verifier without weights: the reward is the share of conditions met, the
-judge demands all of them and is stricter about colour, size and position.
+of the image task, and the prompts with the conditions that pictures must meet. Neither reward nor
+judge has weights: the reward finds areas of one colour and names them by their outline, and gives
+the share of conditions met; the judge compares each quarter of the picture, pixel by pixel, with
+drawings of the shapes, and demands all of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -21,13 +23,22 @@ from transformers import CLIPTokenizer
 from mmgrpo.playground.flow_pretraining import Pretraining, Progress
 from mmgrpo.playground.image_model import Design, build_pipeline
 from mmgrpo.playground.pretraining import train_transformer
-from mmgrpo.playground.shapes_drawing import SIZE, Scene, all_scenes, render, spoiled
+from mmgrpo.playground.shapes_drawing import (
+    SIZE,
+    Group,
+    Scene,
+    all_groups,
+    all_scenes,
+    render,
+    spoiled,
+    template,
+)
 
 WORDS = ("a", "two", "three", "red", "green", "blue", "circle", "square", "triangle", "circles",
          "squares", "triangles", "left", "right", "of", "above", "below")  # fmt: skip
 NUM_CLIP_TOKENS = 12  # eight words, start, end, and two of padding
 NUM_T5_TOKENS = 9  # eight words and the end: ``max_sequence_length``
-_VARIANTS = 24  # pictures per prompt that the base model learns from
+_VARIANTS = 16  # pictures per prompt that the base model learns from
 _HELD_OUT = 5  # every fifth prompt is kept for evaluation
 
 
@@ -50,13 +61,13 @@ SHAPES = Design(
     width=SIZE,
     channels=3,
     patch_size=4,
-    shift_factor=-0.889,
-    scaling_factor=2.554,
+    shift_factor=-0.878,
+    scaling_factor=2.428,
     clip_tokenizer=build_clip_tokenizer,
     words=WORDS,
     num_t5_tokens=NUM_T5_TOKENS,
 )
-PRETRAINING = Pretraining(steps=3000, batch_size=64, wrong_rate=0.06)
+PRETRAINING = Pretraining(steps=900, batch_size=64, wrong_rate=0.06)
 
 
 def is_held_out(number: int) -> bool:
@@ -100,6 +111,14 @@ def write_rows(path: Path, scenes: Iterable[Scene]) -> None:
     path.write_text("".join(json.dumps(scene.row) + "\n" for scene in scenes), encoding="utf-8")
 
 
+def write_templates(folder: Path) -> None:
+    """Writes what a quarter may show, one PNG file each: nine shapes, and nothing."""
+    folder.mkdir(exist_ok=True)
+    shown: dict[str, Group | None] = {f"{g.colour}-{g.shape}": g for g in all_groups()}
+    for name, group in {"blank": None, **shown}.items():
+        Image.fromarray(template(group)).save(folder / f"{name}.png")
+
+
 def build_shapes(
     out_dir: str | Path,
     *,
@@ -107,10 +126,10 @@ def build_shapes(
     progress: Progress | None = None,
     pretraining: Pretraining = PRETRAINING,
 ) -> None:
-    """Builds the shapes task: model and prompts.
+    """Builds the shapes task: model, the judge's drawings, and prompts.
 
-    Writes ``model/``, ``train.jsonl`` (252 prompts) and ``eval.jsonl`` (the 63 held out of
-    reinforcement learning; pre-training saw all).
+    Writes ``model/``, ``judge_templates/``, ``train.jsonl`` (252 prompts) and ``eval.jsonl`` (the
+    63 held out of reinforcement learning; pre-training saw all).
 
     Args:
         out_dir: The folder to write; made if missing.
@@ -124,6 +143,7 @@ def build_shapes(
     scenes = all_scenes()
     write_rows(out / "train.jsonl", (s for n, s in enumerate(scenes) if not is_held_out(n)))
     write_rows(out / "eval.jsonl", (s for n, s in enumerate(scenes) if is_held_out(n)))
+    write_templates(out / "judge_templates")
     pipeline = build_pipeline(seed, SHAPES)
     book = PictureBook(scenes, pretraining.wrong_rate, seed)
     prompts = [*(scene.prompt for scene in scenes), ""]

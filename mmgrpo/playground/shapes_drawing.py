@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,10 +22,8 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 SIZE = 24
 _FINE = 4  # subpixels per pixel and direction
-_APART = 10.5  # pixels between centres, in one direction at least: shapes never touch
-_EDGE = 5.75  # pixels between a centre and the border
-_RADII = {"circle": (3.9, 4.9), "square": (3.4, 4.3), "triangle": (4.8, 5.4)}
-"""Half the height that a shape may have."""
+_RADII = {"circle": 4.5, "square": 4.0, "triangle": 5.25}
+"""Half the height of a shape, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,18 @@ class Scene:
         return {"prompt": self.prompt, "include": include}
 
 
+def all_groups(count: int = 1) -> list[Group]:
+    """Return the nine groups of so many shapes."""
+    return [Group(*kind, count) for kind in itertools.product(SHAPES, COLOURS)]
+
+
 def all_scenes() -> list[Scene]:
     """Return the scenes that are asked for: 27 of equal shapes, and 288 pairs."""
-    kinds = list(itertools.product(SHAPES, COLOURS))
-    equal = [Scene((Group(*kind, count),)) for count in COUNTS for kind in kinds]
+    equal = [Scene((group,)) for count in COUNTS for group in all_groups(count)]
     pairs = [
-        Scene((Group(*first), Group(*second)), relation)
+        Scene(pair, relation)
         for relation in RELATIONS
-        for first, second in itertools.permutations(kinds, 2)
+        for pair in itertools.permutations(all_groups(), 2)
     ]
     return equal + pairs
 
@@ -93,36 +97,44 @@ def spoiled(scene: Scene, rate: float, rng: np.random.Generator) -> Scene:
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Draw a scene on black, with random places and sizes.
+    """Draw a scene on black; each shape has one of the four quarters to itself.
 
     Returns:
         uint8 ``[24, 24, 3]``.
     """
     shapes = [group for group in scene.groups for _ in range(group.count)]
-    places = _places(len(shapes), scene.relation, rng)
+    return _painted(shapes, _places(len(shapes), scene.relation, rng))
+
+
+def template(group: Group | None) -> np.ndarray:
+    """Draw what fills a quarter: one shape of a group, or nothing.
+
+    Returns:
+        uint8 ``[12, 12, 3]``.
+    """
+    shapes = [] if group is None else [group]
+    return _painted(shapes, np.full((len(shapes), 2), SIZE / 4))[: SIZE // 2, : SIZE // 2]
+
+
+def _painted(shapes: Sequence[Group], places: np.ndarray) -> np.ndarray:
+    """Paint one shape per place, smoothly: uint8 ``[24, 24, 3]``."""
     fine = np.zeros((SIZE * _FINE, SIZE * _FINE, 3), dtype=np.float32)
     for group, (x, y) in zip(shapes, places, strict=True):
-        fine[_mask(group.shape, x, y, rng.uniform(*_RADII[group.shape]))] = COLOURS[group.colour]
+        fine[_mask(group.shape, x, y, _RADII[group.shape])] = COLOURS[group.colour]
     coarse = fine.reshape(SIZE, _FINE, SIZE, _FINE, 3).mean(axis=(1, 3))
     return np.rint(coarse).astype(np.uint8)
 
 
 def _places(count: int, relation: str | None, rng: np.random.Generator) -> np.ndarray:
     """``[count, 2]`` centres, x and y."""
-    if count > 2:  # three of the four quarters
-        quarters = rng.permutation(4)[:count]
-        centres = np.stack([quarters % 2, quarters // 2], axis=1) * (SIZE / 2) + SIZE / 4
-        return centres + rng.uniform(-0.6, 0.6, centres.shape)
     while True:
-        places = rng.uniform(_EDGE, SIZE - _EDGE, (count, 2))
-        if count == 1:
-            return places
-        offset = places[0] - places[1]
-        along = np.abs(offset).max() if relation is None else offset @ RELATIONS[relation]
-        if along >= _APART:
+        quarters = rng.permutation(4)[:count]
+        places = np.stack([quarters % 2, quarters // 2], axis=1) * (SIZE / 2) + SIZE / 4
+        if relation is None or (places[0] - places[1]) @ RELATIONS[relation] > 0:
             return places
 
 
+@lru_cache(maxsize=16)
 def _mask(shape: str, x: float, y: float, radius: float) -> np.ndarray:
     """``[96, 96]`` bool: the subpixels of a shape."""
     rows, columns = (np.indices((SIZE * _FINE, SIZE * _FINE)) + 0.5) / _FINE

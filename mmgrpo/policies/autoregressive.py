@@ -44,6 +44,8 @@ class AutoregressivePolicy(TokenEvaluator):
         attention: str = "sdpa",
         max_prompt_tokens: int | None = None,
         head_tile_rows: int | None = None,
+        share_prompts: bool = True,
+        fast_decoding: bool = True,
         seed: int = 0,
     ) -> None:
         """Load the model and choose what trains.
@@ -61,6 +63,9 @@ class AutoregressivePolicy(TokenEvaluator):
                 has beside the completion.
             head_tile_rows: positions to which an evaluation applies the output head at a time, so
                 that the logits of all never exist together; None: by their size; 0: all at once.
+            share_prompts: evaluate each prompt once for its group; False: once per completion.
+            fast_decoding: sample without what transformers does around the layers in every step,
+                where the model's layers are known.
             seed: seed of the adapter's initial weights.
 
         Raises:
@@ -86,6 +91,8 @@ class AutoregressivePolicy(TokenEvaluator):
             forbidden=self._forbidden_ids(model),
             checkpointing=gradient_checkpointing,
             head_tile_rows=head_tile_rows,
+            share_prompts=share_prompts,
+            fast_decoding=fast_decoding,
         )
         self._reference = make_reference(reference, network, decay=reference_decay)
         self.reference_weights: Weights = self._reference

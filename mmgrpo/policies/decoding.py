@@ -70,6 +70,10 @@ class TokenState:
 
     Attributes:
         logits: ``[R, V]`` as the model gives them.
+        cache: keys and values, as transformers keeps them.
+        mask: ``[R, L]`` bool, which cached tokens count.
+        axes: shape of position ids before ``[R, L]``.
+        next: ``[R]`` position of the token that follows.
     """
 
     def __init__(
@@ -85,20 +89,20 @@ class TokenState:
             logits: ``[R, V]``.
         """
         self._forward = forward
-        self._cache = cache
-        self._mask = mask
-        self._axes = positions.shape[:-2]
-        self._next = next_position(positions)
+        self.cache = cache
+        self.mask = mask
+        self.axes = positions.shape[:-2]
+        self.next = next_position(positions)
         self.logits = logits
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows; repeats fan a prompt out to its group. Gradients pass through."""
         # Only reorder_cache moves the states of recurrent layers; only the other has a
         # deterministic backward on GPUs.
-        recurrent = any(hasattr(layer, "recurrent_states") for layer in self._cache.layers)
-        (self._cache.reorder_cache if recurrent else self._cache.batch_select_indices)(rows)
-        self._mask = self._mask[rows]
-        self._next = self._next[rows]
+        recurrent = any(hasattr(layer, "recurrent_states") for layer in self.cache.layers)
+        (self.cache.reorder_cache if recurrent else self.cache.batch_select_indices)(rows)
+        self.mask = self.mask[rows]
+        self.next = self.next[rows]
         self.logits = self.logits[rows]
 
     def join(self, other: TokenState) -> bool:
@@ -109,14 +113,14 @@ class TokenState:
         """
         if not (self._grow_in_place() and other._grow_in_place()):
             return False
-        start = int(self._mask.any(dim=0).to(torch.uint8).argmax())  # padding of rows that left
-        for mine, theirs in zip(self._cache.layers, other._cache.layers, strict=True):
+        start = int(self.mask.any(dim=0).to(torch.uint8).argmax())  # padding of rows that left
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
             mine.join(theirs, start)
-        masks = (self._mask[:, start:], other._mask)
+        masks = (self.mask[:, start:], other.mask)
         width = max(mask.shape[1] for mask in masks)
         pad = torch.nn.functional.pad
-        self._mask = torch.cat([pad(mask, (width - mask.shape[1], 0)) for mask in masks])
-        self._next = torch.cat([self._next, other._next])
+        self.mask = torch.cat([pad(mask, (width - mask.shape[1], 0)) for mask in masks])
+        self.next = torch.cat([self.next, other.next])
         self.logits = torch.cat([self.logits, other.logits])
         return True
 
@@ -124,7 +128,7 @@ class TokenState:
         """Let the cache grow in place where it can; return whether all of it does."""
         from mmgrpo.policies.growing_cache import grow_in_place
 
-        return grow_in_place(self._cache)
+        return grow_in_place(self.cache)
 
     def advance(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """Read ``[R, n]`` tokens and return the ``[N, V]`` logits after those in ``keep [R, n]``.
@@ -133,15 +137,15 @@ class TokenState:
         """
         if keep is None:
             self._grow_in_place()
-        self._mask = torch.cat([self._mask, self._mask.new_ones(tokens.shape)], dim=1)
-        logits, self._cache = self._forward(
+        self.mask = torch.cat([self.mask, self.mask.new_ones(tokens.shape)], dim=1)
+        logits, self.cache = self._forward(
             torch.ones_like(tokens, dtype=torch.bool) if keep is None else keep,
             ids=tokens,
-            mask=self._mask,
-            positions=continue_positions(self._next, tokens.shape[1], self._axes),
-            cache=self._cache,
+            mask=self.mask,
+            positions=continue_positions(self.next, tokens.shape[1], self.axes),
+            cache=self.cache,
         )
-        self._next = self._next + tokens.shape[1]
+        self.next = self.next + tokens.shape[1]
         if keep is None:
             self.logits = logits
         return logits

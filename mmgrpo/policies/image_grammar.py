@@ -54,16 +54,15 @@ class ImageGrammar:
         Raises:
             ModelError: an id of the layout is beyond the vocabulary.
         """
-        opening = layout.plan_begin_id or 0
-        last = max(
-            layout.code_offset + layout.num_codes - 1, layout.begin_id, layout.end_id, opening
-        )
+        codes = range(layout.code_offset, layout.code_offset + layout.num_codes)
+        markers = [layout.begin_id, layout.end_id]
+        markers += [] if layout.plan_begin_id is None else [layout.plan_begin_id]
+        last = max(codes[-1], *markers)
         if last >= size:
             raise ModelError(
                 f"image_tokens.json names token id {last}, and the model has {size} tokens."
             )
-        codes = range(layout.code_offset, layout.code_offset + layout.num_codes)
-        text = set(ordinary) - {*codes, layout.begin_id, layout.end_id}
+        text = {token for token in ordinary if token < size} - {*codes, *markers}
         members: dict[Kind, Iterable[int]] = {
             Kind.TEXT: {*text, layout.begin_id},
             Kind.IMAGE: codes,

@@ -25,6 +25,7 @@ from mmgrpo.policies.decoding import (
     text_positions,
 )
 from mmgrpo.policies.loading import enable_checkpointing, first_line, silence_dropout
+from mmgrpo.policies.prefix_decoding import PrefixState, can_share, has_whole_weights, try_state
 from mmgrpo.policies.token_logits import (
     TILE_ELEMENTS,
     TokenReading,
@@ -64,6 +65,8 @@ class TokenEvaluator:
         forbidden: tuple[int, ...],
         checkpointing: bool,
         head_tile_rows: int | None = None,
+        share_prompts: bool = True,
+        fast_decoding: bool = True,
     ) -> None:
         """Find out how the model can be called.
 
@@ -75,6 +78,8 @@ class TokenEvaluator:
                 transformers then has no cache, and prompts are read once per completion.
             head_tile_rows: an evaluation applies the output head to this many positions at a time;
                 None: as many as make ``TILE_ELEMENTS`` logits; 0: to all of them at once.
+            share_prompts: whether an evaluation reads each prompt once, where the model can.
+            fast_decoding: whether rows are sampled with :class:`PrefixState`, where the model can.
         """
         self.model = model
         self.network = network
@@ -85,6 +90,7 @@ class TokenEvaluator:
         self._head = SelectiveHead(model.get_output_embeddings())
         self._finish = finish_logits(model.config.get_text_config())
         self._tile_rows = head_tile_rows
+        self._wanted = (share_prompts, fast_decoding)
         silence_dropout(model)
         if checkpointing:
             enable_checkpointing(model)
@@ -102,9 +108,15 @@ class TokenEvaluator:
             self._forbidden = self._forbidden.to(self.device)
         return self._forbidden
 
-    def begin(self, prompts: TokenPrompts) -> TokenState:
+    def begin(self, prompts: TokenPrompts) -> TokenState | PrefixState:
         """Read the prompts, one row each."""
-        return self._begin(prompts, self._forward)
+        state = self._begin(prompts, self._forward)
+        if self._fast and not torch.is_grad_enabled() and has_whole_weights(self.model):
+            return PrefixState(self.model, state, self._count_forward)
+        return state
+
+    def _count_forward(self) -> None:
+        self.forwards += 1
 
     def _begin(self, prompts: TokenPrompts, forward: Callable[..., Any]) -> TokenState:
         keep = torch.zeros_like(prompts.mask)
@@ -238,7 +250,7 @@ class TokenEvaluator:
 
         With ``hidden``, what the output head reads there, ``[N, D]``, in place of the logits.
         """
-        self.forwards += 1
+        self._count_forward()
         train = self._checkpointing and not use_cache  # transformers checkpoints in this mode only
         if self.network.training != train:
             self.network.train(train)
@@ -283,16 +295,33 @@ class TokenEvaluator:
             return bool(same & (grad.norm() <= tolerance * expected[1].norm()))
 
         tolerance = _TOLERANCE.get(self.model.dtype, 0.3)
-        self._selective = self._shares_prompts = self._tiled = False
+        share, fast = self._wanted
+        self._selective = self._shares_prompts = self._tiled = self._fast = False
         expected = result(self._read_plain)
         self._selective = True
         self._selective = holds(self._read_plain)
-        self._shares_prompts = holds(self._read_shared)
+        self._shares_prompts = shares = holds(self._read_shared)
         tiled = partial(self._read_plain, tiled=True)
         self._tiled = self._tile_rows != 0 and self._selective and holds(tiled)
-        if not self._shares_prompts:
+        if not shares:
             self._check_steps(payload)
+        self._shares_prompts &= share
+        self._fast = fast and shares and can_share(self.model) and self._decodes_fast(payload)
         self.forwards = 0
+
+    @torch.no_grad()
+    def _decodes_fast(self, payload: TokenPayload) -> bool:
+        """Whether rows that come, write and leave get the same log-probabilities either way."""
+        tolerance = _TOLERANCE.get(self.model.dtype, 0.3)
+        found = []
+        for self._fast in (False, True):
+            begin = partial(self.begin, payload.prompts)
+            try:
+                found.append(try_state(begin, payload.prompt_row, payload.completion_ids))
+            except _CANNOT as error:
+                logger.info("%s: %s", type(self.model).__name__, first_line(error))
+                return False
+        return bool((found[0] - found[1]).abs().max() <= tolerance)
 
     @torch.no_grad()
     def _check_steps(self, payload: TokenPayload) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmgrpo.core.diffusion import STD_FLOOR, StepRule, Suffix, transition
+from mmgrpo.errors import MmgrpoError
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(states ``[N, ...]``, noise level, their rows ``[N]``) -> velocities ``[N, ...]``."""
@@ -44,14 +45,22 @@ class Course:
 
 @dataclass(frozen=True)
 class Drawn:
-    """States ``[B, T + 1, ...]``, log-probabilities ``[B, T]``, decisions ``[T]`` with a density.
+    """What the rows went through.
 
-    Where a suffix with its own grid replaces the last steps, their states are the final one.
+    Where a suffix with its own grid replaces the last steps, their states are the final one, and
+    they have no velocity: it is 0.
+
+    Attributes:
+        latents: ``[B, T + 1, ...]`` states.
+        log_prob: ``[B, T]``.
+        random: ``[T]`` bool, decisions with a density.
+        velocity: T times ``[B, ...]``, at the state before each step.
     """
 
     latents: Tensor
     log_prob: Tensor
     random: Tensor
+    velocity: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class _Step:
     """What a step gives each row, and the std (``[]``) of the step."""
 
     x_next: Tensor
-    x0: Tensor
+    velocity: Tensor
     log_prob: Tensor
     std: Tensor
 
@@ -67,7 +76,7 @@ class _Step:
 def denoise(start: Tensor, course: Course, velocity: Velocity, noise: Noise) -> Drawn:
     """Take ``[B, ...]`` pure noise to clean latents."""
     steps, states = len(course.stochastic), [start]
-    log_probs, stds = [], []
+    log_probs, stds, velocities = [], [], []
     last = int(course.stochastic.nonzero().max()) if course.stochastic.any() else steps
     own_grid = course.suffix.plain or last >= steps
     stop = steps if own_grid else last + 1
@@ -77,13 +86,16 @@ def denoise(start: Tensor, course: Course, velocity: Velocity, noise: Noise) -> 
         states.append(step.x_next)
         log_probs.append(step.log_prob)
         stds.append(step.std)
+        velocities.append(step.velocity)
     if step is not None and not own_grid:
-        final = _solve(step, stop, course, velocity)
+        clean = states[-2] - course.sigmas[stop - 1] * step.velocity
+        final = _solve(step.x_next, clean, stop, course, velocity)
         states += [final] * (steps - stop)
         log_probs += [torch.zeros_like(step.log_prob)] * (steps - stop)
         stds += [torch.zeros_like(step.std)] * (steps - stop)
-    random = torch.stack(stds) >= STD_FLOOR
-    return Drawn(torch.stack(states, dim=1), torch.stack(log_probs, dim=1) * random, random)
+        velocities += [torch.zeros_like(step.velocity)] * (steps - stop)
+    random, log_prob = torch.stack(stds) >= STD_FLOOR, torch.stack(log_probs, dim=1)
+    return Drawn(torch.stack(states, dim=1), log_prob * random, random, velocities)
 
 
 def _advance(x: Tensor, index: int, course: Course, velocity: Velocity, noise: Noise) -> _Step:
@@ -92,21 +104,20 @@ def _advance(x: Tensor, index: int, course: Course, velocity: Velocity, noise: N
     children, back = torch.unique(course.owner[:, index + 1], return_inverse=True)
     found = velocity(x[parents], sigma, parents)
     found = found[torch.searchsorted(parents, course.owner[children, index])]
-    before = x[children]
     drawn = bool(course.stochastic[index])
     out = (course.rule.at(index) if drawn else course.rule.still).step(
-        found, before, sigma, sigma_next, noise=noise(children, index) if drawn else None
+        found, x[children], sigma, sigma_next, noise=noise(children, index) if drawn else None
     )
-    return _Step(out.x_next[back], (before - sigma * found)[back], out.log_prob[back], out.std)
+    return _Step(out.x_next[back], found[back], out.log_prob[back], out.std)
 
 
-def _solve(step: _Step, start: int, course: Course, velocity: Velocity) -> Tensor:
-    """Return the final states ``[B, ...]``; the solver knows the last stochastic step's x0."""
-    final = torch.empty_like(step.x_next)
+def _solve(at: Tensor, clean: Tensor, start: int, course: Course, velocity: Velocity) -> Tensor:
+    """Return the final states ``[B, ...]``; ``clean`` is the last stochastic step's prediction."""
+    final = torch.empty_like(at)
     for number, sigmas in enumerate(course.suffix.grids(course.sigmas, start)):
         ending = (course.stratum == number).nonzero().squeeze(1)
         rows, back = torch.unique(course.owner[ending, start], return_inverse=True)
-        x, previous = step.x_next[rows], (step.x0[rows], course.sigmas[start - 1])
+        x, previous = at[rows], (clean[rows], course.sigmas[start - 1])
         for sigma, sigma_next in itertools.pairwise(sigmas):
             found = velocity(x, sigma, rows)
             x0 = x - sigma * found
@@ -133,3 +144,13 @@ def nodes(owner: Tensor, group_size: int, mask: Tensor) -> Tensor | None:
     node = owner[:, 1:] % group_size * steps + torch.arange(steps, device=owner.device)
     row = torch.arange(len(owner), device=owner.device)[:, None]
     return node if ((owner[:, 1:] != row) & mask).any() else None
+
+
+def check_finite(latents: Tensor) -> None:
+    """Raise MmgrpoError where a final latent ``[B, ...]`` is not finite."""
+    if not latents.isfinite().all():
+        broken = int((~latents.flatten(1).isfinite().all(dim=1)).sum())
+        raise MmgrpoError(
+            f"{broken} of {len(latents)} images are not finite: the network overflows in its dtype "
+            "or training has diverged; try dtype bfloat16 or float32, or a smaller learning rate."
+        )

@@ -24,9 +24,9 @@ from mmgrpo.core.diffusion import (
 )
 from mmgrpo.core.seeding import generator, mix_seed
 from mmgrpo.core.trajectories import Trajectories
-from mmgrpo.errors import ConfigError, MmgrpoError, nearest
+from mmgrpo.errors import ConfigError, nearest
 from mmgrpo.protocols import Cost, Prompt, Rollout, Sample
-from mmgrpo.rollout.denoise import Course, Drawn, denoise, nodes, step_sizes
+from mmgrpo.rollout.denoise import Course, Drawn, check_finite, denoise, nodes, step_sizes
 from mmgrpo.rollout.flow_model import FlowModel
 from mmgrpo.rollout.matching import draw_matching, on_clean_samples
 from mmgrpo.rollout.rows import Rows, lay_out
@@ -76,6 +76,7 @@ class FlowEngine:
         guidance_scale: float | None = None,
         decode: bool = True,
         max_rows: int | None = None,
+        keep_velocity: bool = False,
     ) -> None:
         """Fix how images are drawn.
 
@@ -101,6 +102,7 @@ class FlowEngine:
             guidance_scale: None takes the policy's.
             decode: whether samples carry images.
             max_rows: most images in one network or decoder call.
+            keep_velocity: whether the trajectories carry the velocities, as ``old_prediction``.
 
         Raises:
             ConfigError: an option that does not fit the model or another option.
@@ -126,6 +128,7 @@ class FlowEngine:
             policy.family.needs_negative(guidance_scale)
         self.decode = decode
         self.max_rows = max_rows
+        self.keep_velocity = keep_velocity
         self.selection = selection
         self._select(0, [0])
 
@@ -200,6 +203,7 @@ class FlowEngine:
             stratum=rows.stratum if strata > 1 else None,
             step_std=std.repeat(len(mask), 1),
             step_length=length.repeat(len(mask), 1),
+            old_prediction=torch.stack(drawn.velocity, dim=1) if self.keep_velocity else None,
             payload=self.policy.payload(
                 encoded, rows.prompt_row, drawn.latents, sigmas, rule, owner=owner
             ),
@@ -231,7 +235,7 @@ class FlowEngine:
             return self._noise([(*names[row], index) for row in chosen.tolist()], device)
 
         drawn = denoise(self._noise(starts, device), course, velocity, noise)
-        _check_finite(drawn.latents[:, -1])
+        check_finite(drawn.latents[:, -1])
         return drawn
 
     def _owners(self, group_size: int, prompts: int, selection: Selection) -> Tensor:
@@ -295,12 +299,3 @@ def _kernel(process: Process, name: str, suffix: Suffix) -> str:
         return process.kernel(name)
     except ValueError as error:
         raise ConfigError(f"The {error}") from error
-
-
-def _check_finite(latents: Tensor) -> None:
-    if not latents.isfinite().all():
-        broken = int((~latents.flatten(1).isfinite().all(dim=1)).sum())
-        raise MmgrpoError(
-            f"{broken} of {len(latents)} images are not finite: the network overflows in its dtype "
-            "or training has diverged; try dtype bfloat16 or float32, or a smaller learning rate."
-        )

@@ -87,9 +87,7 @@ class ImageTokenEngine(AutoregressiveEngine):
         """
         super().__init__(policy, max_new_tokens=policy.layout.room, **sampling)
         self._answerer = policy.answering() if ask_questions else None
-        self._answers = AutoregressiveEngine(
-            policy.answering(), max_new_tokens=max_answer_tokens, temperature=0.0
-        )
+        self._max_answer_tokens = max_answer_tokens
 
     def _distribution(self, logits: Tensor, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:
         kinds = self.policy.kinds(ids[rows], count[:, None]).squeeze(1)
@@ -117,13 +115,16 @@ class ImageTokenEngine(AutoregressiveEngine):
             for prompt, plan, image, n, answered in zip(*columns, answers, strict=True)
         ]
 
-    def _self_answers(self, ids: Tensor, owners: list[Prompt]) -> list[tuple[str, ...] | None]:
+    def _self_answers(self, ids: Tensor, owners: list[Prompt]) -> list[tuple[str, ...]]:
         """What the model says about each picture, for every question of its prompt."""
         if self._answerer is None:
-            return [None] * len(owners)
+            return [()] * len(owners)
         questions = [_questions(prompt) for prompt in owners]
         asked = self._answerer.ask(ids, questions)
-        rollout = self._answers.generate(asked, group_size=1, seed=0)
+        engine = AutoregressiveEngine(
+            self._answerer, max_new_tokens=self._max_answer_tokens, temperature=0.0
+        )
+        rollout = engine.generate(asked, group_size=1, seed=0)
         texts = iter([sample.completion or "" for sample in rollout.samples])
         return [tuple(next(texts) for _ in several) for several in questions]
 

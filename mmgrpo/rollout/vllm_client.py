@@ -21,6 +21,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmgrpo.errors import ConfigError, MmgrpoError
+from mmgrpo.rollout.vllm_arguments import check_one_process
 from mmgrpo.rollout.vllm_local import check_prompt, write_adapter
 from mmgrpo.rollout.vllm_session import Completion, TokenRequest
 from mmgrpo.rollout.vllm_weights import WEIGHTS_FILE, Stamp, write_weights
@@ -51,11 +52,7 @@ class VllmClient:
         """
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"rollout.engine.url is '{url}'; expected http://host:port.")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError(
-                "rollout.engine.url names one server and there are several training processes, "
-                "which would overwrite each other's weights; use one process, or leave the url out."
-            )
+        check_one_process()
         self._url = url.rstrip("/")
         self._sleeps = sleeps
         self._own = None if folder else tempfile.TemporaryDirectory(prefix="mmgrpo-weights-")
@@ -78,8 +75,8 @@ class VllmClient:
         self._post("/reset_encoder_cache")
         if not self._post("/reset_prefix_cache").get("success"):
             raise MmgrpoError(
-                f"the vLLM server at {self._url} did not forget the prompts that it read with older "
-                "weights: somebody else is using it."
+                f"the vLLM server at {self._url} did not forget the prompts that it read with "
+                "older weights: somebody else is using it."
             )
         self._replace(folder, "")
 

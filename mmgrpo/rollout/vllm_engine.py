@@ -11,7 +11,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from mmgrpo.core.mismatch import worst_decisions
 from mmgrpo.core.seeding import mix_seed
@@ -85,7 +84,7 @@ class VllmEngine:
             "skip_special_tokens": False,
             "stop_token_ids": list(policy.eos_ids),
             "logprobs": 0,
-            "logit_bias": {token: _NEVER for token in policy.forbidden.tolist()} or None,
+            "logit_bias": dict.fromkeys(policy.forbidden.tolist(), _NEVER) or None,
         }
 
     @torch.no_grad()

@@ -9,16 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmgrpo.errors import ConfigError, MissingExtraError, MmgrpoError
-from mmgrpo.rollout.vllm_arguments import engine_arguments
+from mmgrpo.rollout.vllm_arguments import check_one_process, engine_arguments
 from mmgrpo.rollout.vllm_session import Completion, TokenRequest
 from mmgrpo.rollout.vllm_weights import ADAPTER_FILE, Stamp, write_weights
-
-GPU_SHARE = 0.4
-"""Of the accelerator's memory, what vLLM takes beside a trainer."""
 
 
 class LocalVllm:
@@ -38,27 +34,21 @@ class LocalVllm:
             model: model folder or hub id.
             dtype: dtype of the weights.
             lora_rank: rank of the adapter, None where all weights train.
-            options: further arguments of vLLM, by name. Unless told otherwise it runs eagerly on a
-                CPU, and on a GPU takes ``GPU_SHARE`` of the memory and sleeps during updates.
+            options: further arguments of vLLM, by name.
 
         Raises:
-            ConfigError: more than one worker, or an option that is fixed.
+            ConfigError: more than one worker or trainer, or an option that is fixed.
             MissingExtraError: vLLM is not installed.
         """
-        gpu = torch.cuda.is_available()
-        usual: dict[str, Any] = (
-            {"gpu_memory_utilization": GPU_SHARE, "enable_sleep_mode": True}
-            if gpu
-            else {"enforce_eager": True}
-        )
+        check_one_process()
         arguments = engine_arguments(
-            model, dtype=dtype, lora_rank=lora_rank, options={**usual, **(options or {})}
+            model, dtype=dtype, lora_rank=lora_rank, options=options or {}, beside_trainer=True
         )
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if arguments.get(name, 1) != 1:
                 raise ConfigError(
-                    f"rollout.engine.options.{name} is {arguments[name]}, and vLLM in the trainer's "
-                    "process has one worker; start a server (`mmgrpo serve`) and set "
+                    f"rollout.engine.options.{name} is {arguments[name]}, and vLLM in the "
+                    "trainer's process has one worker; start a server (`mmgrpo serve`) and set "
                     "rollout.engine.url."
                 )
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -46,7 +46,9 @@ class WeightReceiver:
         """
         self.mmgrpo_held = Stamp()
         try:
-            named = read_weights(Path(weights) / WEIGHTS_FILE) if isinstance(weights, str) else weights
+            named = (
+                read_weights(Path(weights) / WEIGHTS_FILE) if isinstance(weights, str) else weights
+            )
             _check(named, expected)
             self.reload_weights(weights_iterator=iter(named.items()))
             _pack_tied_weights(self.model_runner.get_model())
@@ -56,9 +58,7 @@ class WeightReceiver:
             self.mmgrpo_held = Stamp(int(version), expected)
         return self.mmgrpo_stamp()
 
-    def mmgrpo_adapter(
-        self, folder: str, name: str, version: int, expected: str
-    ) -> dict[str, Any]:
+    def mmgrpo_adapter(self, folder: str, name: str, version: int, expected: str) -> dict[str, Any]:
         """Confirm an adapter, which vLLM has just loaded from ``folder`` under ``name``."""
         self.mmgrpo_held = Stamp()
         try:

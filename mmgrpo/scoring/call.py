@@ -52,7 +52,8 @@ def keywords(samples: Sequence[Sample]) -> dict[str, Any]:
     values["prompts"] = [sample.prompt.content for sample in samples]
     for made in ("image", "video"):
         if all(getattr(sample, made) is not None for sample in samples):
-            values["self_answers"] = [sample.self_answers for sample in samples]
+            if all(sample.self_answers is not None for sample in samples):
+                values["self_answers"] = [sample.self_answers for sample in samples]
             return values | {f"{made}s": [getattr(sample, made) for sample in samples]}
     values["completions"] = [_completion(sample) for sample in samples]
     values["truncated"] = [sample.truncated for sample in samples]

@@ -18,9 +18,11 @@ _TEXT_ARGUMENTS = frozenset({"prompts", "completions", "images", "lengths", "tru
 SAMPLE_ARGUMENTS: Mapping[str, frozenset[str]] = {
     "text": _TEXT_ARGUMENTS - {"images"},
     "vision": _TEXT_ARGUMENTS,
+    "masked_text": _TEXT_ARGUMENTS - {"images"},
     "image": frozenset({"prompts", "images"}),
     "video": frozenset({"prompts", "videos"}),
     "image_tokens": frozenset({"prompts", "images", "self_answers"}),
+    "image_scales": frozenset({"prompts", "images"}),
 }
 """Modality -> what a reward is given about each sample, beside the data's columns."""
 

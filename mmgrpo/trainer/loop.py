@@ -48,7 +48,7 @@ def fit(parts: Parts, config: Config) -> dict[str, Any]:
             if any_rank(parts.collective, requested()):
                 raise _interrupt(parts, state, config)
             collected = _step(parts, state, config)
-            if state.step == first:
+            if state.step == first and (first == 1 or not parts.old_samples):
                 check_on_policy(state.metrics, config.model.dtype, parts.policy.ratio_tolerance)
             last = finished(parts, state, config)
             if parts.evaluator is not None and (last or _due(state, config.eval.every)):

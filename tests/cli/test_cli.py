@@ -253,7 +253,9 @@ def test_serve_shows_vllm_s_command_and_does_not_load_it(folder):
         f"code = main(['serve', 'run.yaml', '--dry-run', {url!r}]); "
         "print(code, 'vllm' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     environment, command, end = result.stdout.splitlines()
     assert end == "0 False"
     assert "VLLM_SERVER_DEV_MODE=1" in environment

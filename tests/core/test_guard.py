@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmgrpo.core import Trajectories, credit, ratios
-from mmgrpo.core.diffusion import linear_shift, step_divergence, transition
+from mmgrpo.core.diffusion import linear_shift, sd3_shift, step_divergence, transition
 from mmgrpo.core.trust_regions import divergence_mask, unclipped
 from mmgrpo.methods import load_method
 
@@ -101,6 +101,14 @@ def test_the_published_step_weights():
     assert credit.step_std(torch.ones(1), alone)[0].tolist() == pytest.approx(
         [0, 1.274431, 0, 0, 0], abs=1e-5
     )
+
+
+def test_the_published_stds_of_the_sd3_schedule():
+    t = denoising(sd3_shift(10))
+    std = [0.7, 0.742964, 0.536152, 0.445897, 0.391794, 0.352797, 0.319070, 0.282007, 0.225360]
+    assert t.step_std[0].tolist() == pytest.approx([*std, 0.0], abs=2e-6)
+    weights = credit.step_std(torch.ones(1), t)[0, :9]
+    assert (weights / t.step_std[0, :9]).tolist() == pytest.approx([1 / 0.444005] * 9, rel=1e-5)
 
 
 def test_every_step_is_divided_by_its_length():

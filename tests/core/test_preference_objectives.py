@@ -138,6 +138,19 @@ def test_a_sequence_has_its_loss_at_every_decision_and_reads_only_its_own():
     torch.testing.assert_close(averaged, torch.full_like(averaged, math.log1p(math.exp(0.2))))
 
 
+def test_margin_and_accuracy_tell_how_far_the_pairs_are_apart():
+    log_prob = [[0.3, -0.1], [0.1, 0.0], [0.2, 0.5], [0.2, 0.1]]
+    given = decisions(log_prob, torch.zeros(4, 2), pairs=[[0, 1], [2, 3]])
+    steps = step_preference(given, beta=2.0).metrics
+    assert steps["preference/margin"][0].tolist() == pytest.approx([0.4, -0.2])
+    assert steps["preference/accuracy"].tolist() == [[1, 0], [1, 0], [0.5, 1], [0.5, 1]]
+    whole = preference(given, beta=2.0).metrics
+    assert whole["preference/margin"][2].tolist() == pytest.approx([0.8, 0.8])
+    assert (whole["preference/accuracy"] == 1).all()
+    flipped = semi_preference(given, beta=2.0).metrics["preference/margin"]
+    torch.testing.assert_close(flipped, steps["preference/margin"])
+
+
 def test_rows_of_several_pairs_carry_the_mean_of_theirs():
     value = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     valid = torch.tensor([[True, True], [True, False]])

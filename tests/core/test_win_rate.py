@@ -75,3 +75,13 @@ def test_each_reward_has_its_own_win_rate():
 def test_the_best_row_of_a_group():
     x = torch.tensor([1.0, math.nan, 3.0, 3.0, math.nan, -2.0])
     assert best_row(x, torch.tensor([7, 7, 2, 2, 9, 7])).tolist() == [0, 0, 2, 2, 4, 0]
+
+
+def test_gdpo_whitens_the_sum_over_the_batch():
+    rewards = {"a": torch.randn(8).double(), "b": torch.randn(8).double()}
+    t = Trajectories(group=torch.arange(8) // 4, mask=torch.ones(8, 1), rewards=rewards)
+    plain, second = (
+        load_method("pref-grpo", reward={"combine": combine}).prepare(t).advantage.flatten()
+        for combine in ("normalise_then_sum", "gdpo")
+    )
+    torch.testing.assert_close(second, (plain - plain.mean()) / plain.std())

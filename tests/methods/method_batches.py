@@ -18,6 +18,8 @@ VARIANTS = {
     "grpo by segment": ("grpo", {"ratio": {"name": "segment", "product": True}}),
     "dapo with more clips": ("dapo", {"trust_region": {"dual": 1.6, "delta": 1.9}}),
     "dr-grpo with entropy": ("dr-grpo", {"regulariser": {"entropy": 0.01}}),
+    "var-grpo by scale": ("var-grpo", {"aggregate": "sequence_mean_segment_mean"}),
+    "d3po on whole samples": ("d3po", {"objective": {"name": "preference", "mean": True}}),
 }
 """Options that no preset sets, under a name of their own."""
 GROUP_SIZES = (4, 3, 5, 2, 4, 1)

@@ -428,6 +428,15 @@ def difference_quotients(function, batch, log_prob, step=1e-6):
 
 
 @reference
+def alto(b, lp, sg):
+    a, loss = z_score(b, 0.1 + 1e-4), 0.0
+    for i, t in b.all:
+        d = lp[i][t] - b.ref[i][t]
+        loss += (-a[i] * lp[i][t] + 0.001 * (exp(-d) + d - 1)) / len(b.all)
+    return spread(b, a), loss
+
+
+@reference
 def maxrl(b, lp, sg):
     a = centre(b, b.reward, group_mean)
     for rows in b.groups:
@@ -437,6 +446,8 @@ def maxrl(b, lp, sg):
     return spread(b, a), loss / len(b.all)
 
 
+import image_scale_references  # noqa: E402, F401 - adds its own
 import image_token_references  # noqa: E402, F401 - adds its own
+import masked_references  # noqa: E402, F401 - adds its own
 import matching_references  # noqa: E402, F401 - adds its own
 import preference_references  # noqa: E402, F401 - adds its own

@@ -147,7 +147,8 @@ def test_a_group_of_one_has_its_reward_as_advantage(name):
     """Baseline 0 and scale 1, unless the method takes out or rescales what has no spread."""
     method = load_method(
         name, regulariser=None, reward=None, filter=None, credit=None,
-        advantage={"clip": None, "valid_group_factor": None, "whiten": None},
+        advantage={"clip": None, "valid_group_factor": None, "whiten": None,
+                   "eps": 0.0},
     )  # fmt: skip
     one = torch.ones(1, 3)
     t = Trajectories(

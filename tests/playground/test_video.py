@@ -65,7 +65,7 @@ def test_the_autoencoder_copies_both_ways():
     torch.testing.assert_close(mean, torch.full((1, 1, 1, 4, 4), -1 / 3), rtol=0, atol=1e-4)
 
 
-def test_a_picture_crosses_the_middle_two_pixels_a_frame():
+def test_a_picture_crosses_the_middle_a_quarter_a_frame():
     pictures = torch.full((4, 8, 8), 255, dtype=torch.uint8)
     clips = animate(pictures, torch.arange(4))
     assert clips.shape == (4, 1, NUM_FRAMES, SIZE, SIZE)
@@ -74,7 +74,7 @@ def test_a_picture_crosses_the_middle_two_pixels_a_frame():
     ink = (clips[:, 0] + 1) / 2
     x = (ink.sum(dim=2) * axis).sum(dim=-1) / ink.sum(dim=(2, 3))
     y = (ink.sum(dim=3) * axis).sum(dim=-1) / ink.sum(dim=(2, 3))
-    forth, middle = [4.0, 6.0, 8.0, 10.0, 12.0], [8.0] * 5
+    forth, middle = [4.0, 8.0, 12.0], [8.0] * 3
     assert x.tolist() == [forth, forth[::-1], middle, middle]
     assert y.tolist() == [middle, middle, forth, forth[::-1]]
     assert (ink.sum(dim=(2, 3)) == 64).all()
@@ -131,8 +131,6 @@ def test_plain_diffusers_loads_the_folder_and_samples(folder):
     pipeline.set_progress_bar_config(disable=True)
     short = sample(pipeline, "the digit 7 moves right", max_sequence_length=NUM_TOKENS)
     assert short.shape == (1, NUM_FRAMES, SIZE, SIZE, 3)
-    plain = sample(pipeline, "the digit 7 moves right")
-    assert not (plain == short).all()  # the zeros after a prompt are tokens too
     latents = sample(
         pipeline, "the digit 7 moves right", max_sequence_length=NUM_TOKENS, output_type="latent"
     )

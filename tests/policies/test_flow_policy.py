@@ -440,10 +440,10 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(ModelError, match="is incomplete: it has no vae"):
         FlowPolicy(folder)
     index = json.loads((folder / "model_index.json").read_text())
-    index["_class_name"] = "StableDiffusionPipeline"
+    index["_class_name"] = "StableDiffusion2Pipeline"
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(
-        ModelError, match=r"StableDiffusionPipeline.*mean 'StableDiffusion3Pipeline'"
+        ModelError, match=r"StableDiffusion2Pipeline.*mean 'StableDiffusionPipeline'"
     ):
         FlowPolicy(folder)
 

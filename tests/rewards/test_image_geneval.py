@@ -121,11 +121,15 @@ def test_classes_and_colours_that_are_not_known(reward):
     assert reward()(images=[image], include=[None]) == [None]
 
 
+def test_swapped_arguments_are_caught(reward):
+    with pytest.raises((TypeError, ValueError)):
+        reward()(images=[LEFT], include=[scene(RED, BLUE)])
+
+
 def test_contract(reward):
     pictures = [scene(RED, BLUE), scene(RED), scene(BLUE), scene(), scene(RED, BLUE)]
     columns = {"include": [LEFT] * 4 + [None], "prompts": ["x"] * 5}
-    scores = reward(reduce="share")
-    check_contract(Case(scores, pictures, columns | {"prompts": ["x"] * 5}, low=0.0, high=1.0))
+    check_contract(Case(reward(reduce="share"), pictures, columns, low=0.0, high=1.0))
 
 
 def test_colours_are_named_by_clip(yolos, tmp_path):

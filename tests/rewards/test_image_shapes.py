@@ -87,6 +87,18 @@ def test_noise_specks_and_seams_are_no_shapes():
     assert names(Image.new("RGB", (32, 32), "white")) == []
 
 
+@pytest.mark.parametrize("shape", ["circle", "square", "triangle"])
+@pytest.mark.parametrize("colour", ["red", "blue", "green"])
+def test_small_pictures_are_enlarged(shape, colour):
+    """Eight pixels across: without it a circle is a square, and seams are brown shapes."""
+    angle = {"circle": 0.0, "square": 0.0, "triangle": -math.pi / 2}[shape]
+    small = draw([(shape, colour, 7.3, 15.6, 5.5, angle)], "black", size=24)
+    (found,) = find_shapes(np.asarray(small))
+    assert (found.name, found.colour) == (shape, colour)
+    assert math.dist((found.x, found.y), (7.3, 15.6)) < 0.5
+    assert found.area == pytest.approx({"circle": 95, "square": 60, "triangle": 39}[shape], rel=0.2)
+
+
 def test_touching_shapes_of_two_colours_are_two():
     things = [("square", "red", 40, 64, 30, 0), ("square", "blue", 82.4, 64, 30, 0)]
     assert names(draw(things)) == [("square", "blue"), ("square", "red")]

@@ -14,7 +14,8 @@ from mmgrpo.rewards import REWARDS
 
 HELPERS = {
     "clip_models", "digit_tracking", "frames", "image_reward_weights", "judge_endpoint",
-    "judge_marks", "object_detection", "scene_rules", "shape_finding", "text", "torchvision_shim",
+    "judge_marks", "mask_files", "object_detection", "scene_rules", "shape_finding", "text",
+    "torchvision_shim",
 }  # fmt: skip
 
 

@@ -24,11 +24,11 @@ def test_space_and_case_do_not_count_unless_they_shall():
 
 
 def test_a_row_without_questions_does_not_apply():
-    assert self_answer([None, ("1",)], [None, [["?", 1]]]) == [None, 1.0]
+    assert self_answer([(), ("1",)], [None, [["?", 1]]]) == [None, 1.0]
 
 
 def test_what_it_cannot_do_raises():
     with pytest.raises(ValueError, match=r"set rollout.ask_questions=true"):
-        score(None)
+        score(())
     with pytest.raises(ValueError, match="argument"):
         score(("42",))  # an answer to each question, or something is wrong

@@ -181,6 +181,16 @@ def test_the_supervised_term_pulls_towards_the_best_path(policy):
     assert output.metrics["kl"] == pytest.approx(sum(edges.values()) / 30, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["dynamic-treerpo", "g2rpo", "mix-grpo-flash", "grpo-guard"])
+def test_the_kept_velocities_are_those_of_an_evaluation(policy, name):
+    found = draw_method(policy, name, group_size=GROUP, keep_velocity=True).trajectories
+    with torch.no_grad():
+        wanted = policy.evaluate(found, Request(prediction=True)).prediction
+    mask = found.mask
+    torch.testing.assert_close(found.old_prediction[mask], wanted[mask], rtol=0, atol=2e-6)
+    assert draw_method(policy, name, group_size=GROUP).trajectories.old_prediction is None
+
+
 # -- guard ----------------------------------------------------------------------------------------
 
 

@@ -89,9 +89,10 @@ def test_self_answers_are_what_the_model_says_greedily():
         questions = [question for question, _ in sample.prompt.columns["questions"]]
         assert len(sample.self_answers) == len(questions)
         for question, answer in zip(questions, sample.self_answers, strict=True):
-            read = [layout.begin_id, *row, layout.end_id, *f"{question}=".encode()]
-            text = policy.tokenizer(f"{question}=")["input_ids"]
-            read[-len(text) :] = text
+            before, after = (
+                policy.tokenizer(text)["input_ids"] for text in ("of ", f"{question}=")
+            )
+            read = [*before, layout.begin_id, *row, layout.end_id, *after]
             written = []
             while len(written) < 4:
                 logits = policy.model(input_ids=torch.tensor([read + written])).logits[0, -1]
@@ -103,7 +104,7 @@ def test_self_answers_are_what_the_model_says_greedily():
 
 
 def test_who_is_not_asked_says_nothing_and_questions_are_needed():
-    assert all(sample.self_answers is None for sample in draw(engine_of()).samples)
+    assert all(sample.self_answers == () for sample in draw(engine_of()).samples)
     for columns in ({}, {"questions": []}, {"questions": 3}, {"questions": [["only one"]]}):
         prompts = [Prompt(0, "a cat", columns=columns, source="data.jsonl:1")]
         with pytest.raises(DataError, match=r"data.jsonl:1: rollout.ask_questions needs the col"):

@@ -1,6 +1,7 @@
 """Weights on their way to vLLM, without vLLM: digests, stamps, and what is refused."""
 
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -9,11 +10,12 @@ import torch
 from fixtures_tokens import text_prompts, tiny_text, tiny_vision
 from safetensors.torch import load_file
 
-from mmgrpo.errors import ConfigError, MmgrpoError
+from mmgrpo.errors import ConfigError, MissingExtraError, MmgrpoError
 from mmgrpo.policies.autoregressive import AutoregressivePolicy
 from mmgrpo.rollout.vllm_arguments import engine_arguments, server_flags
 from mmgrpo.rollout.vllm_client import VllmClient
 from mmgrpo.rollout.vllm_engine import VllmEngine
+from mmgrpo.rollout.vllm_local import LocalVllm
 from mmgrpo.rollout.vllm_session import Completion, VllmSession
 from mmgrpo.rollout.vllm_weights import (
     Stamp,
@@ -313,7 +315,7 @@ def server():
     answers = {"/collective_rpc": (200, {"results": [Stamp().as_dict()]})}
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):  # noqa: N802
+        def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
             status, body = answers.get(self.path, (404, {"detail": "Not Found"}))
             data = json.dumps(body).encode()
@@ -347,9 +349,11 @@ def test_a_server_that_is_not_there_or_not_ours_is_named(server):
         VllmClient("localhost:8000")
 
 
-def test_several_trainers_do_not_share_a_server(server, monkeypatch):
+def test_several_trainers_do_not_share_a_vllm(server, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="several training processes"):
+    with pytest.raises(ConfigError, match="2 training processes"):
+        LocalVllm("folder", dtype="float32")
+    with pytest.raises(ConfigError, match="2 training processes"):
         VllmClient(server.url)
 
 
@@ -365,3 +369,14 @@ def test_old_weights_are_removed_from_the_shared_folder(server, tmp_path):
     server.answers["/reset_prefix_cache"] = (200, {"success": False})
     with pytest.raises(MmgrpoError, match="somebody else"):
         client.load({"a": torch.zeros(1)}, 3, "3" * 64)
+
+
+def test_vllm_in_the_trainer_s_process_has_one_worker():
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size is 2.*mmgrpo serve"):
+        LocalVllm("folder", dtype="float32", options={"tensor_parallel_size": 2})
+
+
+def test_a_missing_vllm_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(MissingExtraError, match=r"mmgrpo\[vllm\]"):
+        LocalVllm("folder", dtype="float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -38,7 +39,7 @@ def test_frames_are_chosen_evenly_with_both_ends(count, limit):
     chosen = evenly(count, limit)
     assert len(chosen) == min(count, limit)
     assert (chosen[0], chosen[-1]) == (0, count - 1)
-    gaps = {b - a for a, b in zip(chosen, chosen[1:], strict=False)}
+    gaps = {b - a for a, b in itertools.pairwise(chosen)}
     assert not gaps or (min(gaps) >= 1 and max(gaps) - min(gaps) <= 1)
 
 

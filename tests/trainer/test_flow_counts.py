@@ -52,9 +52,11 @@ WITHOUT_KL = {"id": "flow-grpo", "regulariser": None}
         ("branch-grpo", {}, STEPS + 1, 1, 2 * (2 + 4 + 8 * 3)),
         ("branch-grpo-pruned", {}, STEPS + 1, 1, 2 * (2 + 4 + 8 * 3)),
         ("branch-grpo-mix", {}, STEPS + 1, 1, 2 * (2 + 4 + 8)),
-        # a forward before the update keeps the old velocities
-        ("dynamic-treerpo", {}, STEPS + 1 + 1, 1, 2 + 4 + 8 + 16),
-        ("pref-grpo", {}, STEPS + 1 + 1, 1, 3 * GROUP),
+        # the old velocities are those of the rollout
+        ("dynamic-treerpo", {}, STEPS + 1, 1, 2 + 4 + 8 + 16),
+        ("pref-grpo", {}, STEPS + 1, 1, 3 * GROUP),
+        ("grpo-guard", {}, STEPS + 1, 1, 5 * GROUP),
+        ("flow-dppo", {}, STEPS + 1, 1, 5 * GROUP),
     ],
 )
 def test_a_step_costs_what_its_formula_says(

@@ -6,6 +6,7 @@ import pytest
 from fixtures_runs import document, merged, metrics_of, weight_bytes
 
 from mmgrpo import build
+from mmgrpo.api import infer_modality
 from mmgrpo.config import load_config
 from mmgrpo.config.image_layout import FILE
 from mmgrpo.errors import ModelError, RewardError
@@ -85,6 +86,10 @@ def test_a_run_leaves_a_folder_that_trains_again(models, tmp_path):
     model = {"path": str(newest / "hf")}
     again = run(models, tmp_path / "again", model=model, trainer={"steps": 1})
     assert again[0]["reward/mean"] > 0
+
+
+def test_the_folder_says_what_it_is(models):
+    assert infer_modality(models / "image_tokens" / "model") == "image_tokens"
 
 
 def test_the_plan_knows_how_long_a_sample_is(models, tmp_path):

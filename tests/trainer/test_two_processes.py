@@ -24,6 +24,14 @@ OWN = ("time/", "count/forward", "count/backward")
 RAGGED = {"rewards": [f"{REWARDS}:broken_for_some"], "reward_failure": "drop"}
 SPARSE = {"rewards": [f"{REWARDS}:rarely"], "rollout": {"group_size": 2}}
 MINI = {"trainer": {"minibatches": 3, "micro_batch_size": 2}}
+REASONED = {
+    "method": {
+        "id": "reasongen-r1",
+        "regulariser": {"entropy_control": {"targets": [3.0, 2.0], "learning_rate": 0.01}},
+    },
+    "model": {"plan_tokens": 3},
+    "trainer": {"minibatches": 2, "micro_batch_size": 3},
+}
 SEVERAL = {"trainer": {"minibatches": 2, "epochs": 2, "micro_batch_size": 3}}
 DDPO = {"id": "ddpo", "advantage": {"history_size": 6, "history_min": 4}}
 EMA = {"trainer": {"ema_decay": 0.9}, "eval": {"every": 2}}
@@ -58,6 +66,7 @@ QUICK = {
     "vision-tower": ("vision", {"model": {"train_vision": True}, "rollout": {"max_new_tokens": 2}}),
     "image": ("image", {"method": "flow-grpo", "trainer": {"micro_batch_size": 3}}),
     "image-history": ("image", {"method": DDPO, "trainer": {"micro_batch_size": 3}}),
+    "image-tokens": ("image_tokens", REASONED),
     "image-dropped": ("image", {"method": "dance-grpo", "model": {"lora": {"rank": 2}}}),
 }  # fmt: skip
 
@@ -112,7 +121,7 @@ def test_two_processes_train_what_one_trains(models, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("modality", ["text", "vision", "image"])
+@pytest.mark.parametrize("modality", ["text", "vision", "image", "image_tokens"])
 def test_every_preset(models, tmp_path, modality):
     cases = preset_cases(modality)
     train_both(models, cases, tmp_path)

@@ -90,10 +90,10 @@ def test_a_run_writes_plays_resumes_and_samples(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rollout": {"num_frames": 6}}, ["num_frames", "multiple of 4 plus 1", "got 6, nearest 5"]),
+        ({"rollout": {"num_frames": 6}}, ["num_frames", "multiple of 4 plus 1", "nearest 5."]),
         ({"rollout": {"height": 20}}, ["video size must be a multiple of 8", "20 x 32"]),
         ({"rollout": {"num_frames": 0}}, ["rollout.num_frames", "greater than 0"]),
-        ({"rollout": {"num_frame": 5}}, ["rollout.num_frame ", "did you mean 'rollout.num_frames'"]),
+        ({"rollout": {"num_frame": 5}}, ["rollout.num_frame ", "mean 'rollout.num_frames'"]),
         ({"rewards": [{"name": "{folder}/rewards.py:still"}]},
          ["'still' asks for images", "'video' have prompts, videos"]),
         ({"rewards": [{"name": "exact_answer"}]}, ["completions", "videos"]),

@@ -39,7 +39,9 @@ def save_vision(folder):
 
     shape = locate("playground:vision/model")
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(shape))
+    config = AutoConfig.from_pretrained(shape)
+    config.vision_config.rope_parameters["rope_theta"] = 10000.0  # the only one that vLLM knows
+    model = AutoModelForImageTextToText.from_config(config)
     model = _awake(model.float(), load_processor(shape).tokenizer)
     model.generation_config.eos_token_id = ENDS
     model.save_pretrained(folder)
@@ -128,6 +130,8 @@ class TestAdapter(TestText):
 
 
 class TestVision(VllmConformance):
+    draws = 400
+
     @pytest.fixture(scope="class")
     @classmethod
     def folder(cls, tmp_path_factory):

@@ -1,6 +1,7 @@
 """Training with vLLM: in this process, through a server, and through a server that is killed."""
 
 import json
+import time
 
 import pytest
 from fixtures_runs import command, finish
@@ -67,7 +68,7 @@ def test_a_killed_server_is_named_and_the_run_continues(server, tmp_path):
     )  # fmt: skip
     process = command(*arguments)
     while process.poll() is None and not (started.exists() and len(started.read_text()) == 3):
-        pass
+        time.sleep(0.1)
     server.kill()
     started.with_name(f"{started.name}.killed").touch()
     code, _, err = finish(process)

@@ -1,5 +1,6 @@
 """A server that `mmgrpo serve` starts, for tests."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        options = "enforce_eager: true, max_model_len: 160, max_num_seqs: 64"
+        options = "max_model_len: 160, max_num_seqs: 2000"
         self.engine = f"rollout.engine={{name: vllm, url: '{self.url}', options: {{{options}}}}}"
         self._command = [
             sys.executable, "-m", "mmgrpo", "serve", str(config), self.engine, *overrides,
@@ -45,8 +46,6 @@ class Server:
 
     def kill(self):
         """End the server and its workers at once."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()

@@ -143,7 +143,8 @@ class Family:
             for name, value in conditioning.items()
         }
         out = self.forward(network, torch.cat([latents] * 2), torch.cat([sigma] * 2), both)
-        return self.guided(*out.chunk(2), guidance)
+        unconditional, conditional = out.chunk(2)
+        return self.guided(unconditional, conditional, guidance)
 
     def guided(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
         """Return the guided prediction of the two halves."""

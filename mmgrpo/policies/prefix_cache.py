@@ -1,0 +1,200 @@
+"""Keys and values of a group's prompt once, and of each row's own tokens behind it.
+
+A row attends to its prompt together with the rest of its group, and to its own tokens by itself;
+the two softmaxes are merged by their log-sum-exp (arXiv:2402.05099). Nothing is fanned out.
+
+Shapes: r rows, of P prompts with up to n rows each; Lp prompt tokens, up to C own ones; H heads of
+keys, g queries for each of them, D features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+MIN_ROOM = 16
+"""Tokens of room that is left at least, when there has to be more."""
+
+Pair = tuple[Tensor, Tensor]
+
+
+class PrefixCache:
+    """The keys and values of rows that share prompts; not for gradients."""
+
+    def __init__(self, prompts: list[Pair], mask: Tensor) -> None:
+        """Start with one row for each prompt.
+
+        Args:
+            prompts: keys and values ``[P, H, Lp, D]`` of each layer.
+            mask: ``[P, Lp]`` bool, off on padding.
+        """
+        self._prompts, self._mask = prompts, mask
+        self._own = [(keys[:, :, :0], values[:, :, :0]) for keys, values in prompts]
+        self._length = torch.zeros(len(mask), dtype=torch.int64, device=mask.device)
+        self._most, self._equal = 0, True
+        self._own_bias: Tensor | None = None
+        self._arrange(torch.arange(len(mask), device=mask.device))
+
+    @property
+    def heads(self) -> int:
+        """Heads of keys in a layer."""
+        return self._prompts[0][0].shape[1]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows, repeats allowed, and the prompts they need."""
+        kept, owner = torch.unique(self._owner[rows], return_inverse=True)
+        if len(kept) < len(self._mask):
+            mask = self._mask[kept]
+            start = _common_padding(mask)
+            self._mask = mask[:, start:]
+            self._prompts = [(k[kept, :, start:], v[kept, :, start:]) for k, v in self._prompts]
+        self._own = [(keys[rows], values[rows]) for keys, values in self._own]
+        self._length = self._length[rows]
+        self._measure()
+        self._arrange(owner)
+
+    def join(self, other: PrefixCache) -> None:
+        """Put another cache's rows below these."""
+        width = max(self._mask.shape[1], other._mask.shape[1])
+        room = max(self._most, other._most) + MIN_ROOM
+        owner = torch.cat([self._owner, other._owner + len(self._mask)])
+        pairs = zip(self._prompts, other._prompts, strict=True)
+        self._prompts = [_join(mine, its, (width, 0)) for mine, its in pairs]
+        pairs = zip(self._own, other._own, strict=True)
+        self._own = [_join(mine, its, (0, room)) for mine, its in pairs]
+        masks = (self._mask, other._mask)
+        self._mask = torch.cat([pad(mask, (width - mask.shape[1], 0)) for mask in masks])
+        self._length = torch.cat([self._length, other._length])
+        self._measure()
+        self._arrange(owner)
+
+    def _measure(self) -> None:
+        lengths = self._length.tolist()
+        self._most = max(lengths)
+        self._equal = min(lengths) == self._most
+
+    def _arrange(self, owner: Tensor) -> None:
+        """Give each row one of the P * n places that the queries of the groups have."""
+        order = owner.argsort(stable=True)
+        counts = torch.bincount(owner, minlength=len(self._mask))
+        first = counts.cumsum(0) - counts
+        rank = torch.empty_like(owner)
+        rank[order] = torch.arange(len(owner), device=owner.device) - first[owner[order]]
+        self._owner, self._width = owner, int(counts.max())
+        place = owner * self._width + rank
+        everywhere = torch.arange(len(counts) * self._width, device=owner.device)
+        self._place = None if torch.equal(place, everywhere) else place
+        self._bias = None
+        if not bool(self._mask.all()):
+            self._bias = _bias(self._mask, self._prompts[0][0].dtype)
+
+    def open(self) -> None:
+        """Make room for one token more of each row; :meth:`attend` then writes it, layer by layer.
+
+        Rows of different lengths have their tokens aligned on the left.
+        """
+        if self._most == self._own[0][0].shape[2]:
+            room = max(MIN_ROOM, self._most // 4)
+            self._own = [(_more(keys, room), _more(values, room)) for keys, values in self._own]
+        self._most += 1
+        self._rows = torch.arange(len(self._length), device=self._length.device)
+        self._slot = self._length
+        self._length = self._length + 1
+        self._own_bias = None
+        if not self._equal:
+            place = torch.arange(self._most, device=self._length.device)
+            self._own_bias = _bias(place < self._length[:, None], self._own[0][0].dtype)
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Write a token of each row, and return what its queries find.
+
+        Args:
+            layer: number of the layer.
+            queries: ``[r, H * g, D]``, already scaled.
+            keys: ``[r, H, D]``.
+            values: ``[r, H, D]``.
+
+        Returns:
+            ``[r, H * g * D]``.
+        """
+        own_keys, own_values = self._own[layer]
+        if self._equal:
+            own_keys[:, :, self._most - 1] = keys
+            own_values[:, :, self._most - 1] = values
+        else:
+            own_keys[self._rows, :, self._slot] = keys
+            own_values[self._rows, :, self._slot] = values
+        own = (own_keys[:, :, : self._most], own_values[:, :, : self._most])
+        rows, heads = keys.shape[:2]
+        grouped = queries.reshape(rows, heads, -1, keys.shape[-1])
+        alone, alone_lse = attention(grouped, own, self._own_bias)
+        shared, shared_lse = self._attend_prompts(layer, queries)
+        weight = (shared_lse - alone_lse).sigmoid_().unsqueeze(-1).to(alone.dtype)
+        return torch.lerp(alone, shared, weight).reshape(rows, -1)
+
+    def _attend_prompts(self, layer: int, queries: Tensor) -> Pair:
+        """Return ``[r, H, g, D]`` and ``[r, H, g]`` log-sum-exp of the prompts' tokens."""
+        count, heads, _, size = self._prompts[layer][0].shape
+        width, place = self._width, self._place
+        if place is not None:
+            places = queries.new_zeros((count * width, *queries.shape[1:]))
+            queries = places.index_copy_(0, place, queries)
+        queries = queries.reshape(count, width, heads, -1, size).transpose(1, 2).flatten(2, 3)
+        found, lse = attention(queries, self._prompts[layer], self._bias)
+        found = found.unflatten(2, (width, -1)).transpose(1, 2).flatten(0, 1)
+        lse = lse.unflatten(2, (width, -1)).transpose(1, 2).flatten(0, 1)
+        return (found, lse) if place is None else (found[place], lse[place])
+
+
+def attention(queries: Tensor, pair: Pair, bias: Tensor | None) -> Pair:
+    """Return what scaled queries find, and the log of the sum of their scores' exponentials.
+
+    Args:
+        queries: ``[B, H, n, D]``.
+        pair: keys and values ``[B, H, L, D]``.
+        bias: None or ``[B, 1, 1, L]``, minus infinity where nothing may be found.
+
+    Returns:
+        ``[B, H, n, D]`` and float32 ``[B, H, n]``.
+    """
+    keys, values = pair
+    if queries.device.type == "cpu":
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        found, lse = kernel(queries, keys, values, attn_mask=bias, scale=1.0)
+        return found, lse
+    scores = (queries @ keys.transpose(-1, -2)).float()
+    scores = scores if bias is None else scores + bias
+    lse = scores.logsumexp(dim=-1)
+    return (scores - lse.unsqueeze(-1)).exp().to(values.dtype) @ values, lse
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[B, 1, 1, L]``: 0 in the mask, minus infinity elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+        ~mask, -torch.inf
+    )[:, None, None]
+
+
+def _more(states: Tensor, room: int) -> Tensor:
+    larger = states.new_zeros((*states.shape[:2], states.shape[2] + room, states.shape[3]))
+    larger[:, :, : states.shape[2]] = states
+    return larger
+
+
+def _join(mine: Pair, its: Pair, size: tuple[int, int]) -> Pair:
+    """Concatenate rows whose tokens are filled up, on the left or on the right, to a number."""
+    left, right = size
+
+    def fill(states: Tensor) -> Tensor:
+        count = states.shape[2]
+        if right:
+            states, count = states[:, :, :right], min(count, right)
+        return pad(states, (0, 0, max(left - count, 0), max(right - count, 0)))
+
+    one, two = (torch.cat([fill(a), fill(b)]) for a, b in zip(mine, its, strict=True))
+    return one, two
+
+
+def _common_padding(mask: Tensor) -> int:
+    return int(mask.any(dim=0).to(torch.uint8).argmax())
