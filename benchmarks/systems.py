@@ -69,8 +69,17 @@ def spread(completions: list[Any]) -> list[float]:
 class Mmgrpo:
     """This package."""
 
-    def __init__(self, folder: Path, case: Any, batch: dict[str, Any]) -> None:
-        self.policy = AutoregressivePolicy(folder, reference="none")
+    def __init__(
+        self,
+        folder: Path,
+        case: Any,
+        batch: dict[str, Any],
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+    ) -> None:
+        self.policy = AutoregressivePolicy(folder, reference="none", dtype=dtype)
+        self.policy.model.to(device)
         self.policy.model.generation_config.eos_token_id = []  # nothing ends before its full length
         self.engine = AutoregressiveEngine(self.policy, max_new_tokens=case.completion)
         self.method = load_method("grpo", **{"regulariser.kl.coefficient": 0.0})
@@ -85,8 +94,10 @@ class Mmgrpo:
             group=owner,
             mask=mask,
             advantage=batch["advantages"][:, None].expand(mask.shape),
-            payload=self.policy.payload(encoded, owner, batch["completions"], 1.0),
-        )
+            payload=self.policy.payload(
+                encoded.to(torch.device("cpu")), owner, batch["completions"], 1.0
+            ),
+        ).to(torch.device(device))
 
     def _backward(self, trajectories: Trajectories) -> None:
         self.policy.network.zero_grad()
@@ -109,7 +120,8 @@ class Mmgrpo:
 
     def step(self) -> None:
         rollout = self.engine.generate(self.prompts, group_size=self.group, seed=0)
-        rewards = {"spread": torch.tensor(spread(rollout.samples))}
+        device = rollout.trajectories.group.device
+        rewards = {"spread": torch.tensor(spread(rollout.samples), device=device)}
         self._backward(self.method.prepare(rollout.trajectories.replace(rewards=rewards)))
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from systems import SYSTEMS, System, save_model
 
-GROUP, PROMPTS = 8, 2
+GROUP = 8
 TOLERANCE = 1e-5
 
 
@@ -34,6 +34,7 @@ class Case(NamedTuple):
     completion: int
     vocabulary: int
     size: str = "small"
+    prompts: int = 2
 
     def __str__(self) -> str:
         return f"{self.size}, P={self.prompt}, C={self.completion}, V={self.vocabulary}"
@@ -48,18 +49,27 @@ CASES = [
 ]
 
 
+MEMORY = [
+    Case(256, 512, 151936, prompts=1),
+    Case(256, 128, 151936, prompts=1),
+    Case(256, 512, 37984, prompts=1),
+]
+"""The logits of all completions together: 2.5 GB in the first, a quarter of that in the others."""
+MEMORY_SYSTEMS = ("TRL best settings", "mmgrpo")
+
+
 def fixed_batch(case: Case) -> dict[str, Any]:
-    """Return 2 texts of P letters, completions ``[16, C]`` and advantages ``[16]``, always equal.
+    """Return texts of P letters, 8 completions ``[8, C]`` of each and their advantages.
 
     A letter is one token of the byte tokenizer.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = (PROMPTS * GROUP, case.completion)
-    letters = torch.randint(97, 122, (PROMPTS, case.prompt), generator=generator)
+    shape = (case.prompts * GROUP, case.completion)
+    letters = torch.randint(97, 122, (case.prompts, case.prompt), generator=generator)
     return {
         "texts": [bytes(row).decode() for row in letters.tolist()],
         "completions": torch.randint(0, 250, shape, generator=generator),
-        "advantages": torch.randn(PROMPTS * GROUP, generator=generator),
+        "advantages": torch.randn(case.prompts * GROUP, generator=generator),
     }
 
 
@@ -71,14 +81,18 @@ def gradient_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def timed(call: Callable[[], Any]) -> float:
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""``cpu`` counts what this process computed: on a busy machine with one thread the fairer one."""
+
+
+def timed(call: Callable[[], Any], now: Callable[[], float]) -> float:
     """Seconds that a call takes."""
-    start = time.perf_counter()
+    start = now()
     call()
-    return time.perf_counter() - start
+    return now() - start
 
 
-def measure(case: Case, names: list[str], repeats: int, folder: Path) -> dict[str, Any]:
+def measure(case: Case, names: list[str], repeats: int, folder: Path, clock: str) -> dict[str, Any]:
     """Return the gradient error and, per system, the medians of step, update and generation."""
     save_model(folder, vocabulary=case.vocabulary, size=case.size)
     batch = fixed_batch(case)
@@ -90,7 +104,7 @@ def measure(case: Case, names: list[str], repeats: int, folder: Path) -> dict[st
     for repeat in range(repeats + 1):
         for name, system in systems.items():
             for part in ("step", "update", "generate"):
-                found = timed(getattr(system, part))
+                found = timed(getattr(system, part), CLOCKS[clock])
                 if repeat:  # the first is the warm-up
                     seconds[name].setdefault(part, []).append(found)
     medians = {
@@ -161,14 +175,22 @@ def main() -> None:
     parser.add_argument("--cases", type=int, nargs="*", default=list(range(len(CASES))))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--no-peaks", action="store_true", help="leave the memory out")
+    parser.add_argument("--memory", action="store_true", help="only the peaks with many logits")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak:
-        _print_peak(CASES[int(options.peak[0])], options.peak[1])
+        _print_peak([*CASES, *MEMORY][int(options.peak[0])], options.peak[1])
         return
-    print(versions(), f"; medians of {options.repeats}", sep="")
+    if options.memory:
+        for number, case in enumerate(MEMORY, start=len(CASES)):
+            peaks = {name: peak_memory(number, name, options.threads) for name in MEMORY_SYSTEMS}
+            print(case, "; an update's peak in MiB:", peaks, flush=True)
+        return
+    print(versions(), f"; {options.clock} time, medians of {options.repeats}", sep="")
     print("columns:", " / ".join(SYSTEMS), "; ratio: TRL at its best settings over mmgrpo\n")
     print(HEADER)
     results = {}
@@ -176,8 +198,10 @@ def main() -> None:
         found, peaks = None, {}
         if number in options.cases:
             with tempfile.TemporaryDirectory() as folder:
-                found = measure(case, list(SYSTEMS), options.repeats, Path(folder))
-            peaks = {name: peak_memory(number, name, options.threads) for name in SYSTEMS}
+                found = measure(case, list(SYSTEMS), options.repeats, Path(folder), options.clock)
+            peaks = dict.fromkeys(SYSTEMS)
+            if not options.no_peaks:
+                peaks = {name: peak_memory(number, name, options.threads) for name in SYSTEMS}
             results[str(case)] = {**found, "peak_mib": peaks}
         print(row(case, found, peaks), flush=True)
     print("| tiny Qwen2-VL, one 224x224 image, C=64 |" + " not measured |" * 8)

@@ -15,7 +15,7 @@ from mmgrpo.config.schema import Reward
 from mmgrpo.core.collective import LOCAL
 from mmgrpo.core.entropy_control import EntropyControl
 from mmgrpo.data import PromptSource, check_columns, read_prompts
-from mmgrpo.errors import ConfigError, ModelError
+from mmgrpo.errors import ConfigError, MissingResourceError, ModelError
 from mmgrpo.methods import Method, load_method
 from mmgrpo.methods.components import with_default
 from mmgrpo.modalities import Modality
@@ -33,7 +33,7 @@ from mmgrpo.policies.perturbed import PerturbationPayload, PerturbedPolicy
 from mmgrpo.protocols import Policy, Prompt, Tracker
 from mmgrpo.registry import resolve
 from mmgrpo.rollout.perturbed import PerturbedEngine
-from mmgrpo.scoring import NamedReward, RewardRunner, check_modality, load_rewards
+from mmgrpo.scoring import NamedReward, RewardRunner, check_modality, load_reward, load_rewards
 from mmgrpo.tracking import Console, JsonlTracker, write_samples, write_summary
 from mmgrpo.trainer.distributed import EvaluationModule, make_accelerator, make_collective
 from mmgrpo.trainer.evaluate import evaluate as run_evaluation
@@ -103,9 +103,13 @@ def plan(config: Config) -> str:
     check_run_folder(config)
     check_trackers(config)
     judge = [config.eval.judge] if config.eval.judge else []
-    for reward in load_rewards(_specs([*config.rewards, *judge])):
-        check_modality(reward, config.modality)
-    return describe(config, method)
+    missing = []
+    for spec in _specs([*config.rewards, *judge]):
+        try:
+            check_modality(load_reward(spec), config.modality)
+        except MissingResourceError as error:
+            missing.append(str(error))
+    return describe(config, method, missing)
 
 
 # -- parts --------------------------------------------------------------------------------------

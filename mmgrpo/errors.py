@@ -33,6 +33,10 @@ class ConfigError(UsageError):
     """A configuration key or value is wrong."""
 
 
+class MissingResourceError(ConfigError):
+    """Weights or a server that the configuration names are not there (yet)."""
+
+
 class DataError(UsageError):
     """A data file, one of its rows or an image cannot be used."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -129,16 +130,22 @@ def check_reference(policy: Policy, method: Method) -> None:
         )
 
 
-def describe(config: Config, method: Method) -> str:
-    """The plan of a run as text: method, work per step, totals, and files that are not there."""
+def describe(config: Config, method: Method, missing: Sequence[str] = ()) -> str:
+    """The plan of a run as text: method, work per step, totals, and what is not there yet.
+
+    Args:
+        config: the run.
+        method: its method.
+        missing: what rewards miss, a sentence each.
+    """
     lines = [
         f"method      {method.id}: {method.title}",
         f"paper       {method.paper}",
         f"needs       {', '.join(sorted(method.needs)) or 'nothing beside rewards'}",
     ]
     lines += [f"{name:<11} {value}" for name, value in cost(config, method).items()]
-    missing = missing_files(config)
-    lines += [f"not found   {path} (training would refuse to start)" for path in missing]
+    absent = [f"{path} (training would refuse to start)" for path in missing_files(config)]
+    lines += [f"not found   {what}" for what in (*absent, *missing)]
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmgrpo.errors import ConfigError, nearest
+from mmgrpo.errors import ConfigError, MissingResourceError, nearest
 
 REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": lambda probability, _right: probability.mean(dim=1),
@@ -52,7 +52,9 @@ class ClassifierScore:
         batch_size: int = 256,
     ) -> None:
         if not (Path(path) / "config.json").is_file():
-            raise ConfigError(f"classifier_score: '{path}' is not a model folder (no config.json).")
+            raise MissingResourceError(
+                f"classifier_score: '{path}' is not a model folder (no config.json)."
+            )
         if reduce not in REDUCTIONS:
             raise ConfigError(
                 f"classifier_score: unknown reduce '{reduce}'{nearest(reduce, REDUCTIONS)}"

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmgrpo.errors import ConfigError, MissingExtraError, nearest
+from mmgrpo.errors import ConfigError, MissingExtraError, MissingResourceError, nearest
 
 from .torchvision_shim import ensure_torchvision
 
@@ -160,7 +160,7 @@ class OpenClip(ClipModel):
     ) -> None:
         super().__init__(device, batch_size)
         if not Path(path).is_file():
-            raise ConfigError(
+            raise MissingResourceError(
                 f"{reward}: '{path}' does not exist; expected a file with the weights of "
                 f"open_clip's {architecture} (.safetensors, .pt or .bin)."
             )
@@ -189,7 +189,7 @@ def check_files(reward: str, folder: str, *alternatives: Sequence[str]) -> None:
     """Raise ConfigError unless the folder has one file of each list of alternatives."""
     for names in alternatives:
         if not any(Path(folder, name).is_file() for name in names):
-            raise ConfigError(f"{reward}: '{folder}' has no {' or '.join(names)}.")
+            raise MissingResourceError(f"{reward}: '{folder}' has no {' or '.join(names)}.")
 
 
 def _pooled(output: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmgrpo.errors import ConfigError
+from mmgrpo.errors import ConfigError, MissingResourceError
 
 from .clip_models import HfClip
 
@@ -43,7 +43,7 @@ class ImageAesthetic:
         self, path: str, clip: str, device: str | None = None, batch_size: int = 64
     ) -> None:
         if not Path(path).is_file():
-            raise ConfigError(
+            raise MissingResourceError(
                 f"image_aesthetic: '{path}' does not exist; expected a file with the head's "
                 "weights (.safetensors or .pth)."
             )

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmgrpo.errors import ConfigError, nearest
+from mmgrpo.errors import ConfigError, MissingResourceError, nearest
 
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 _START_TIMEOUT_S = 10.0
@@ -127,7 +127,7 @@ class JudgeEndpoint:
             answer = self._request("/models", None, min(self.timeout_s, _START_TIMEOUT_S))
             served = [entry["id"] for entry in answer["data"]]
         except _TransientError as error:
-            raise ConfigError(
+            raise MissingResourceError(
                 f"{self.reward}: no OpenAI-compatible endpoint answers at '{self.url}' ({error})."
             ) from error
         except JudgeFailure as error:

@@ -37,7 +37,9 @@ def load_codec(folder: str | Path) -> MaskCodec:
         codec.load_state_dict({name: value.float() for name, value in weights.items()})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"mask_tokens: the codec in '{folder}' cannot be read: {reason}") from error
+        raise ModelError(
+            f"mask_tokens: the codec in '{folder}' cannot be read: {reason}"
+        ) from error
     return codec.requires_grad_(False).eval()
 
 

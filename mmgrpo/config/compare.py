@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 FREE_KEYS = (
-    "run_dir", "resume", "tracking", "reward_failure", "reward_timeout_s",
+    "run_dir", "resume", "tracking", "speed", "reward_failure", "reward_timeout_s",
     "model.gradient_checkpointing", "trainer.steps", "trainer.max_decisions",
     "trainer.max_seconds", "trainer.save_every",
     "trainer.keep_checkpoints", "trainer.micro_batch_size",

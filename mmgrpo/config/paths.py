@@ -11,6 +11,8 @@ from mmgrpo.errors import ConfigError, nearest
 PLAYGROUND = "playground:"
 """Prefix of paths inside the playground that ships with the package."""
 
+_NO_RUNS = ("methods", "compare")
+"""Folders of presets, and of what presets need on the playground."""
 _MARKS = (PLAYGROUND, "./", "../", "~/", "/")
 
 
@@ -76,9 +78,9 @@ def find_config(name: str | Path) -> Path:
 
 
 def packaged_configs() -> list[Path]:
-    """All packaged run configurations (not the method presets), sorted."""
+    """All packaged run configurations (not what stands beside them), sorted."""
     folder = packaged_folder("mmgrpo.configs")
-    return [file for file in sorted(folder.glob("*/*.yaml")) if file.parent != folder / "methods"]
+    return [file for file in sorted(folder.glob("*/*.yaml")) if file.parent.name not in _NO_RUNS]
 
 
 def config_name(file: Path) -> str:

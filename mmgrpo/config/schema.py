@@ -167,6 +167,15 @@ class Trainer(Section):
     keep_checkpoints: PositiveInt = 2
 
 
+class Speed(Section):
+    """What makes a step cheaper and leaves its result the same, but for rounding."""
+
+    micro_batch_decisions: PositiveInt | None = None
+    """Decisions (tokens, denoising steps) per forward pass, padding included; null: any number."""
+    skip_idle: bool = True
+    """Leave samples out of the update that have no gradient."""
+
+
 class Eval(Section):
     """Evaluation on held-out prompts."""
 
@@ -203,5 +212,6 @@ class Config(Section):
     reward_timeout_s: PositiveFloat | None = None
     rollout: Rollout
     trainer: Trainer
+    speed: Speed = Speed()
     eval: Eval
     tracking: Tracking = Tracking()

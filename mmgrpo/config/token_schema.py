@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from mmgrpo.config.schema import Config, Data, Eval, Model, Rollout, Section, Share
+from mmgrpo.config.schema import Config, Data, Eval, Model, Rollout, Section, Share, Speed
 
 
 class TextModel(Model):
@@ -87,6 +87,19 @@ class TextRollout(TokenRollout):
     """native or vllm, or a mapping with name."""
 
 
+class TokenSpeed(Speed):
+    """What makes a step with a causal language model cheaper."""
+
+    share_prompts: bool = True
+    """Evaluate a prompt once for its group, not once per completion."""
+    head_tile_rows: NonNegativeInt | None = None
+    """Positions that the output head reads at a time; null: by their size; 0: all."""
+    fast_decoding: bool = True
+    """Sample without what transformers does around the layers in each step."""
+    max_rows: PositiveInt | None = None
+    """Samples drawn at the same time, finished ones making room for others; null: all."""
+
+
 class TextEval(Eval):
     """Evaluation of completions."""
 
@@ -107,6 +120,7 @@ class TextConfig(Config):
     model: TextModel
     data: TextData
     rollout: TextRollout = TextRollout()
+    speed: TokenSpeed = TokenSpeed()
     eval: TextEval = TextEval()
 
 
@@ -117,6 +131,7 @@ class VisionConfig(Config):
     model: VisionModel
     data: VisionData
     rollout: TextRollout = TextRollout()
+    speed: TokenSpeed = TokenSpeed()
     eval: TextEval = TextEval()
 
 
@@ -148,6 +163,7 @@ class ImageTokensConfig(Config):
     modality: Literal["image_tokens"]
     model: ImageTokensModel
     rollout: ImageTokensRollout = ImageTokensRollout()
+    speed: TokenSpeed = TokenSpeed()
     eval: ImageTokensEval = ImageTokensEval()
 
 

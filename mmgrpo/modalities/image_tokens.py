@@ -34,6 +34,7 @@ def image_token_engine(
         policy,
         ask_questions=rollout.ask_questions,
         max_answer_tokens=rollout.max_answer_tokens,
+        max_rows=config.speed.max_rows,
         **by_mode[mode],
     )
     return engine

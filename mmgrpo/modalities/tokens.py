@@ -12,6 +12,9 @@ from mmgrpo.modalities.modality import Modality, lora_options
 from mmgrpo.protocols import Policy, RolloutEngine
 from mmgrpo.registry import load_target
 
+SPEED = ("share_prompts", "head_tile_rows", "fast_decoding")
+"""Settings of ``speed`` that are the policy's, where the modality has them."""
+
 
 def token_policy(
     target: str, own: Sequence[str], config: TextConfig, folder: str, reference: str
@@ -27,6 +30,7 @@ def token_policy(
         max_prompt_tokens=config.model.max_prompt_tokens,
         seed=config.seed,
         **{name: getattr(config.model, name) for name in own},
+        **{name: getattr(config.speed, name) for name in SPEED if hasattr(config.speed, name)},
     )
     return policy
 
@@ -35,9 +39,9 @@ def native_engine(
     policy: Policy, config: TextConfig, mode: str, sampling: dict[str, Any]
 ) -> RolloutEngine:
     """The policy samples by itself."""
-    del config, mode
+    del mode
     engine: RolloutEngine = load_target("mmgrpo.rollout.autoregressive:AutoregressiveEngine")(
-        policy, **sampling
+        policy, max_rows=config.speed.max_rows, **sampling
     )
     return engine
 

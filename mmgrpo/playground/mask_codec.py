@@ -62,7 +62,9 @@ def train_codec(
             return codec.look_up(codes, counts)
 
     optimise = [codec.parameters(), codec.decoder.parameters()]
-    for stage, (parameters, latents) in enumerate(zip(optimise, (codec.embed, prefix), strict=True)):
+    for stage, (parameters, latents) in enumerate(
+        zip(optimise, (codec.embed, prefix), strict=True)
+    ):
         if stage == 1:
             _fit_codebooks(codec, masks[:4096], generator)
         optimizer = torch.optim.AdamW([*parameters], weight_decay=0.0)

@@ -1,14 +1,14 @@
 """The mask playground: segment one of the handwritten digits on a canvas, in few mask tokens.
 
-A prompt shows two or three different digits and names one; a completion is its mask as codes,
-coarse to fine, any number from 1 to 32::
+A prompt shows two or three digits and asks for the first, second or third from the left; a
+completion is its mask as codes, coarse to fine, any number from 1 to 32::
 
     <mask><m17><m4><m60></mask>
 
-The base model is the vision playground's, which reads digits, taught by demonstrations that often
-show the wrong digit and have any number of codes. Reinforcement learning has to point at the right
-one and to stop where further codes, which are hard to predict, would spoil the mask. Evaluation
-uses pictures of digits that no training has seen.
+The base model is the vision playground's, taught twice: by short masks of the right digit, then by
+demonstrations that often show another digit and have any number of codes. Reinforcement learning
+has to point at the right one and to stop where further codes, which are hard to predict, would
+spoil the mask. Evaluation uses pictures of digits that no training has seen.
 """
 
 from __future__ import annotations
@@ -39,37 +39,55 @@ from mmgrpo.playground.sft import (
 CODEC = MaskCodecConfig(canvas=WIDE_CANVAS)
 INK = 96
 """Brightness above which a pixel belongs to its digit."""
-NUM_TRAIN = 512
-NUM_EVAL = 128
-WRONG_SHARE = 0.5
-MOST_CODES = 16
+NUM_TRAIN = 320
+NUM_EVAL = 96
 
 
 @dataclass(frozen=True)
 class Lesson:
+    """A stretch of supervised steps.
+
+    Attributes:
+        steps: Optimiser steps.
+        learning_rate: Peak rate.
+        wrong_share: How many of the demonstrations show another digit than they are asked for.
+        most_codes: Their lengths are uniform from 1 to this.
+        batch_size: Demonstrations per step.
+    """
+
+    steps: int
+    learning_rate: float
+    wrong_share: float
+    most_codes: int
+    batch_size: int = 32
+
+
+LESSONS = (
+    Lesson(400, 3e-3, wrong_share=0.0, most_codes=3),
+    Lesson(100, 1e-3, wrong_share=0.5, most_codes=16),
+)
+
+
+@dataclass(frozen=True)
+class Course:
     """How far to train.
 
     Attributes:
-        steps: Supervised steps of the base model.
-        batch_size: Demonstrations per step.
-        learning_rate: Peak rate of the supervised steps.
+        lessons: Of the base model, in order.
         codec_steps: Optimiser steps of the codec.
         codec_masks: Masks that it learns.
     """
 
-    steps: int = 300
-    batch_size: int = 32
-    learning_rate: float = 2e-3
+    lessons: tuple[Lesson, ...] = LESSONS
     codec_steps: int = 1500
     codec_masks: int = 16384
 
 
 def draw_mask_scene(rng: np.random.Generator, split: Split) -> tuple[Scene, int]:
-    """Draws a canvas of different digits, and the index of the one to segment."""
-    while True:
-        scene = draw_scene(rng, split)
-        if not scene.separate and len(set(scene.digits)) == len(scene.digits):
-            return scene, int(rng.integers(len(scene.digits)))
+    """Draws a canvas of digits, and the index of the one to segment."""
+    while (scene := draw_scene(rng, split)).separate:
+        pass
+    return scene, int(rng.integers(len(scene.digits)))
 
 
 def mask_of(scene: Scene, target: int, canvas: np.ndarray) -> np.ndarray:
@@ -98,15 +116,15 @@ def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
     return {"size": list(mask.shape), "counts": counts.tolist()}
 
 
-def messages(scene: Scene, target: int) -> list[dict[str, Any]]:
-    """The chat prompt."""
-    text = {"type": "text", "text": f"Mask {scene.digits[target]}?"}
+def messages(target: int) -> list[dict[str, Any]]:
+    """The chat prompt; digits are counted from 1."""
+    text = {"type": "text", "text": f"Mask {target + 1}?"}
     return [{"role": "user", "content": [{"type": "image"}, text]}]
 
 
 def draw_masks(rng: np.random.Generator, count: int) -> Tensor:
     """Draws training masks of single digits, float32 ``[count, H, W]``."""
-    masks = []
+    masks: list[np.ndarray] = []
     while len(masks) < count:
         scene, _ = draw_mask_scene(rng, "train")
         canvas = np.asarray(render(scene, "train", augment=rng)[0])
@@ -124,40 +142,39 @@ def write_mask_scenes(folder: Path, name: Split, count: int, seed: int) -> None:
         picture, path = render(scene, name)[0], f"images/{name}-{number:06d}.png"
         picture.save(folder / path, optimize=True)
         mask = mask_of(scene, target, np.asarray(picture))
-        rows.append(
-            {"prompt": messages(scene, target), "images": [path], "mask": run_lengths(mask)}
-        )
+        rows.append({"prompt": messages(target), "images": [path], "mask": run_lengths(mask)})
     write_jsonl(folder / f"{name}.jsonl", rows)
 
 
 class Teacher:
     """Draws demonstrations; see the module."""
 
-    def __init__(self, processor: Any, codec: MaskCodec, batch_size: int, seed: int) -> None:
-        """Args: the processor, the codec, demonstrations per batch, and what decides them."""
-        self.processor, self.codec, self.batch_size = processor, codec, batch_size
-        self.rng = np.random.default_rng([seed, 1])
+    def __init__(
+        self, processor: Any, codec: MaskCodec, lesson: Lesson, rng: np.random.Generator
+    ) -> None:
+        """Args: encode the pictures, encodes the masks, what to teach, and what decides it."""
+        self.processor, self.codec, self.lesson, self.rng = processor, codec, lesson, rng
 
     def batch(self) -> dict[str, Tensor]:
         """Draws and encodes demonstrations; ``labels [B, L]`` cover completions only."""
         prompts, images, masks = [], [], []
-        for _ in range(self.batch_size):
+        for _ in range(self.lesson.batch_size):
             scene, asked = draw_mask_scene(self.rng, "train")
             shown = asked
-            if self.rng.random() < WRONG_SHARE:
+            if self.rng.random() < self.lesson.wrong_share:
                 shown = (asked + int(self.rng.integers(1, len(scene.digits)))) % len(scene.digits)
             images += render(scene, "train", augment=self.rng)
             masks.append(mask_of(scene, shown, np.asarray(images[-1])))
             prompts.append(
                 self.processor.apply_chat_template(
-                    messages(scene, asked), tokenize=False, add_generation_prompt=True
+                    messages(asked), tokenize=False, add_generation_prompt=True
                 )
             )
         texts = map(self._text, prompts, self.codec.encode(torch.from_numpy(np.stack(masks))))
         return self._encode([*texts], images)
 
     def _text(self, prompt: str, codes: Tensor) -> str:
-        count = int(self.rng.integers(1, MOST_CODES + 1))
+        count = int(self.rng.integers(1, self.lesson.most_codes + 1))
         completion = self.codec.config.text(codes[:count].tolist())
         return f"{prompt}{completion}{self.processor.tokenizer.eos_token}"
 
@@ -193,7 +210,7 @@ def build_masks(
     out_dir: str | Path,
     *,
     seed: int = 0,
-    lesson: Lesson | None = None,
+    course: Course | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Builds the mask playground: ``model/``, ``codec/``, ``train.jsonl``, ``eval.jsonl``, images.
@@ -201,21 +218,23 @@ def build_masks(
     Args:
         out_dir: Created if missing.
         seed: Decides data and weights.
-        lesson: How far to train; the default takes about two minutes.
+        course: How far to train; the default takes about two minutes.
         progress: Receives lines of text.
     """
-    lesson, folder = lesson or Lesson(), Path(out_dir)
+    course, folder = course or Course(), Path(out_dir)
     write_mask_scenes(folder, "train", NUM_TRAIN, seed)
     write_mask_scenes(folder, "eval", NUM_EVAL, seed)
-    masks = draw_masks(np.random.default_rng([seed, 2]), lesson.codec_masks)
-    codec = train_codec(CODEC, masks, seed=seed, steps=lesson.codec_steps)
+    masks = draw_masks(np.random.default_rng([seed, 2]), course.codec_masks)
+    codec = train_codec(CODEC, masks, seed=seed, steps=course.codec_steps)
     save_codec(folder / "codec", codec)
     model, processor = extend_model(seed)
-    supervise(
-        model,
-        Teacher(processor, codec, lesson.batch_size, seed).batch,
-        steps=lesson.steps,
-        learning_rate=lesson.learning_rate,
-        progress=progress,
-    )
+    rng = np.random.default_rng([seed, 1])
+    for lesson in course.lessons:
+        supervise(
+            model,
+            Teacher(processor, codec, lesson, rng).batch,
+            steps=lesson.steps,
+            learning_rate=lesson.learning_rate,
+            progress=progress,
+        )
     save_model_folder(folder / "model", model, processor)

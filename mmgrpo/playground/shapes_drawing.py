@@ -16,9 +16,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle")
 COUNTS = {1: "a", 2: "two", 3: "three"}
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-"""Where the first shape of a prompt stands to the second: right and down are positive."""
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+_QUARTERS = {"left of": (0, 1), "right of": (1, 0), "above": (0, 2), "below": (2, 0)}
+"""Where the two shapes stand; equal shapes fill the quarters in the order of reading."""
 
 SIZE = 24
 _FINE = 4  # subpixels per pixel and direction
@@ -73,7 +74,7 @@ def all_scenes() -> list[Scene]:
     equal = [Scene((group,)) for count in COUNTS for group in all_groups(count)]
     pairs = [
         Scene(pair, relation)
-        for relation in RELATIONS
+        for relation in OPPOSITE
         for pair in itertools.permutations(all_groups(), 2)
     ]
     return equal + pairs
@@ -96,14 +97,14 @@ def spoiled(scene: Scene, rate: float, rng: np.random.Generator) -> Scene:
     return replace(scene, groups=tuple(other(g) for g in scene.groups), relation=relation)
 
 
-def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def render(scene: Scene) -> np.ndarray:
     """Draw a scene on black; each shape has one of the four quarters to itself.
 
     Returns:
         uint8 ``[24, 24, 3]``.
     """
     shapes = [group for group in scene.groups for _ in range(group.count)]
-    return _painted(shapes, _places(len(shapes), scene.relation, rng))
+    return _painted(shapes, _places(len(shapes), scene.relation))
 
 
 def template(group: Group | None) -> np.ndarray:
@@ -125,13 +126,10 @@ def _painted(shapes: Sequence[Group], places: np.ndarray) -> np.ndarray:
     return np.rint(coarse).astype(np.uint8)
 
 
-def _places(count: int, relation: str | None, rng: np.random.Generator) -> np.ndarray:
+def _places(count: int, relation: str | None) -> np.ndarray:
     """``[count, 2]`` centres, x and y."""
-    while True:
-        quarters = rng.permutation(4)[:count]
-        places = np.stack([quarters % 2, quarters // 2], axis=1) * (SIZE / 2) + SIZE / 4
-        if relation is None or (places[0] - places[1]) @ RELATIONS[relation] > 0:
-            return places
+    quarters = _QUARTERS[relation] if relation else range(count)
+    return np.array([(quarter % 2, quarter // 2) for quarter in quarters]) * SIZE / 2 + SIZE / 4
 
 
 @lru_cache(maxsize=16)

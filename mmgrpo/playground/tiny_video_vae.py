@@ -2,7 +2,7 @@
 
 The counterpart of ``tiny_vae`` for clips: an ``AutoencoderKLWan`` set by hand rather than trained,
 so that what a reward sees is exactly what the transformer drew. It keeps the size and the number of
-frames.
+frames; its class encodes 4 k + 1 of them, and decodes any number.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class AutoregressivePolicy(TokenEvaluator):
     modality = "text"
     ratio_tolerance: Mapping[str, float] = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each names one choice
         self,
         source: str | Path | tuple[Any, Any],
         *,

@@ -71,8 +71,9 @@ class ImageScalesPolicy:
             ModelError: the folder is missing, incomplete or of another kind.
             ConfigError: an option that does not fit.
         """
-        loaded = isinstance(source, ScaleModel)
-        self.model = source if loaded else ScaleModel.from_pretrained(source)
+        if not isinstance(source, ScaleModel):
+            source = ScaleModel.from_pretrained(source)
+        self.model: ScaleModel = source
         self.model.quantiser.requires_grad_(False).eval()
         transformer = self.model.transformer.to(parse_dtype(dtype)).requires_grad_(True)
         transformer.checkpointing = gradient_checkpointing

@@ -36,11 +36,6 @@ class PrefixCache:
         self._own_bias: Tensor | None = None
         self._arrange(torch.arange(len(mask), device=mask.device))
 
-    @property
-    def heads(self) -> int:
-        """Heads of keys in a layer."""
-        return self._prompts[0][0].shape[1]
-
     def select(self, rows: Tensor) -> None:
         """Keep the given rows, repeats allowed, and the prompts they need."""
         kept, owner = torch.unique(self._owner[rows], return_inverse=True)
@@ -118,33 +113,29 @@ class PrefixCache:
         Returns:
             ``[r, H * g * D]``.
         """
-        own_keys, own_values = self._own[layer]
-        if self._equal:
-            own_keys[:, :, self._most - 1] = keys
-            own_values[:, :, self._most - 1] = values
-        else:
-            own_keys[self._rows, :, self._slot] = keys
-            own_values[self._rows, :, self._slot] = values
-        own = (own_keys[:, :, : self._most], own_values[:, :, : self._most])
-        rows, heads = keys.shape[:2]
-        grouped = queries.reshape(rows, heads, -1, keys.shape[-1])
-        alone, alone_lse = attention(grouped, own, self._own_bias)
-        shared, shared_lse = self._attend_prompts(layer, queries)
-        weight = (shared_lse - alone_lse).sigmoid_().unsqueeze(-1).to(alone.dtype)
-        return torch.lerp(alone, shared, weight).reshape(rows, -1)
-
-    def _attend_prompts(self, layer: int, queries: Tensor) -> Pair:
-        """Return ``[r, H, g, D]`` and ``[r, H, g]`` log-sum-exp of the prompts' tokens."""
         count, heads, _, size = self._prompts[layer][0].shape
-        width, place = self._width, self._place
+        pair = self._own[layer]
+        if self._equal:
+            for full, states in zip(pair, (keys, values), strict=True):
+                full.select(2, self._most - 1).copy_(states)
+        else:
+            for full, states in zip(pair, (keys, values), strict=True):
+                full[self._rows, :, self._slot] = states
+        own = (pair[0].narrow(2, 0, self._most), pair[1].narrow(2, 0, self._most))
+        grouped = queries.reshape(len(keys), heads, -1, size)
+        alone, alone_lse = attention(grouped, own, self._own_bias)
+        spread, place = queries, self._place
         if place is not None:
-            places = queries.new_zeros((count * width, *queries.shape[1:]))
-            queries = places.index_copy_(0, place, queries)
-        queries = queries.reshape(count, width, heads, -1, size).transpose(1, 2).flatten(2, 3)
-        found, lse = attention(queries, self._prompts[layer], self._bias)
-        found = found.unflatten(2, (width, -1)).transpose(1, 2).flatten(0, 1)
-        lse = lse.unflatten(2, (width, -1)).transpose(1, 2).flatten(0, 1)
-        return (found, lse) if place is None else (found[place], lse[place])
+            places = queries.new_zeros((count * self._width, *queries.shape[1:]))
+            spread = places.index_copy_(0, place, queries)
+        spread = spread.reshape(count, self._width, heads, -1, size).transpose(1, 2).flatten(2, 3)
+        found, lse = attention(spread, self._prompts[layer], self._bias)
+        shape = (count, heads, self._width, -1)
+        found, lse = found.view(*shape, size).transpose(1, 2), lse.view(shape).transpose(1, 2)
+        if place is not None:
+            found, lse = found.flatten(0, 1)[place], lse.flatten(0, 1)[place]
+        weight = (lse - alone_lse.view(lse.shape)).sigmoid_().unsqueeze(-1).to(found.dtype)
+        return torch.lerp(alone.view(found.shape), found, weight).reshape(len(keys), -1)
 
 
 def attention(queries: Tensor, pair: Pair, bias: Tensor | None) -> Pair:
@@ -160,7 +151,8 @@ def attention(queries: Tensor, pair: Pair, bias: Tensor | None) -> Pair:
     """
     keys, values = pair
     if queries.device.type == "cpu":
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        # The public function computes the log-sum-exp too, but does not return it.
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
         found, lse = kernel(queries, keys, values, attn_mask=bias, scale=1.0)
         return found, lse
     scores = (queries @ keys.transpose(-1, -2)).float()
@@ -171,9 +163,9 @@ def attention(queries: Tensor, pair: Pair, bias: Tensor | None) -> Pair:
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``[B, 1, 1, L]``: 0 in the mask, minus infinity elsewhere."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
-        ~mask, -torch.inf
-    )[:, None, None]
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)[
+        :, None, None
+    ]
 
 
 def _more(states: Tensor, room: int) -> Tensor:

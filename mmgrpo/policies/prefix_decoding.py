@@ -9,12 +9,14 @@ Shapes: r rows, H heads of queries, K heads of keys, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import linear, rms_norm, silu
 
 from mmgrpo.policies.decoding import TokenState
 from mmgrpo.policies.prefix_cache import PrefixCache
@@ -33,6 +35,12 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotations that depend on a token's position alone, not on the longest row."""
 AHEAD = 32
 """Positions whose rotations are computed at once."""
+JOINED = 2**21
+"""Weights up to which the projections of queries, keys and values are computed as one."""
+PACKED = 2**17
+"""Weights from which a CPU's product with few rows is worth a copy in another order."""
+
+Apply = Callable[[Tensor], Tensor]
 
 
 def can_share(model: Any) -> bool:
@@ -71,12 +79,17 @@ class PrefixState:
             state: what stands behind the prompts, one row each.
             count: called for each network call.
         """
-        self._decoder, self._head, self._count = model.get_decoder(), model.get_output_embeddings(), count
+        self._decoder, self._head, self._count = (
+            model.get_decoder(),
+            model.get_output_embeddings(),
+            count,
+        )
         layers = [(layer.keys, layer.values) for layer in state.cache.layers]
         self._cache = PrefixCache(layers, state.mask)
         self._axes = state.axes
         self._next = state.next
         self.logits = state.logits
+        self._layers: list[_Layer] = []
         self._rotations: list[tuple[Tensor, Tensor]] = []
 
     def select(self, rows: Tensor) -> None:
@@ -97,17 +110,21 @@ class PrefixState:
     def advance(self, tokens: Tensor) -> Tensor:
         """Read ``[r, 1]`` tokens; return the ``[r, V]`` logits of what follows."""
         self._count()
-        x = self._decoder.embed_tokens(tokens[:, 0])
+        if not self._layers:
+            self._layers = [_Layer.of(layer) for layer in self._decoder.layers]
+            self._logits = _linear(self._head, hooks=1)  # one hook chooses positions: all of them
+        x = self._decoder.embed_tokens(tokens)[:, 0]
         if not self._rotations:
             self._rotations = self._rotate_ahead(x)
         rotation = self._rotations.pop()
         self._cache.open()
-        for number, layer in enumerate(self._decoder.layers):
-            h = _norm(layer.input_layernorm, x)
-            x = x + self._attend(number, layer.self_attn, h, rotation)
-            x = x + layer.mlp(_norm(layer.post_attention_layernorm, x))
+        for number, layer in enumerate(self._layers):
+            queries, keys, values = layer.project(layer.before(x), *rotation)
+            x = x + layer.output(self._cache.attend(number, queries, keys, values))
+            h = layer.between(x)
+            x = x + layer.down(layer.activate(layer.gate(h)) * layer.up(h))
         self._next = self._next + 1
-        self.logits = self._head(_norm(self._decoder.norm, x))
+        self.logits = self._logits(_norm(self._decoder.norm)(x))
         return self.logits
 
     def _rotate_ahead(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -119,28 +136,76 @@ class PrefixState:
             cos, sin = cos[0], sin[0]
         half = cos.shape[-1] // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-        groups = attn.num_key_value_groups
-        keys = self._cache.heads
-        scale = cos.new_ones(keys * (groups + 1), 1)
-        scale[: keys * groups] = attn.scaling
-        ahead = [(c[:, None] * scale, s[:, None] * scale) for c, s in zip(cos.unbind(1), sin.unbind(1))]
+        queries, keys = self._layers[0].heads
+        scale = cos.new_ones(queries + keys, 1)
+        scale[:queries] = attn.scaling
+        ahead = [
+            (c[:, None] * scale, s[:, None] * scale)
+            for c, s in zip(cos.unbind(1), sin.unbind(1), strict=True)
+        ]
         return ahead[::-1]
 
-    def _attend(
-        self, number: int, attn: Any, h: Tensor, rotation: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        size = attn.head_dim
-        queries, keys, values = (
-            project(h).unflatten(-1, (-1, size))
-            for project in (attn.q_proj, attn.k_proj, attn.v_proj)
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a layer does, without the lookups that calling its modules takes."""
+
+    before: Apply
+    queries: Apply
+    keys: Apply
+    values: Apply
+    query_norm: Apply | None
+    key_norm: Apply | None
+    together: Apply | None
+    output: Apply
+    between: Apply
+    gate: Apply
+    up: Apply
+    activate: Apply
+    down: Apply
+    size: int
+    heads: tuple[int, int]
+
+    @classmethod
+    def of(cls, layer: Any) -> _Layer:
+        attn, mlp = layer.self_attn, layer.mlp
+        normed = hasattr(attn, "q_norm")
+        return cls(
+            before=_norm(layer.input_layernorm),
+            queries=_linear(attn.q_proj),
+            keys=_linear(attn.k_proj),
+            values=_linear(attn.v_proj),
+            query_norm=_norm(attn.q_norm) if normed else None,
+            key_norm=_norm(attn.k_norm) if normed else None,
+            together=None if normed else _joined((attn.q_proj, attn.k_proj, attn.v_proj)),
+            output=_linear(attn.o_proj),
+            between=_norm(layer.post_attention_layernorm),
+            gate=_linear(mlp.gate_proj),
+            up=_linear(mlp.up_proj),
+            activate=silu if type(mlp.act_fn).__name__ == "SiLUActivation" else mlp.act_fn,
+            down=_linear(mlp.down_proj),
+            size=attn.head_dim,
+            heads=_heads(layer),
         )
-        if hasattr(attn, "q_norm"):
-            queries, keys = _norm(attn.q_norm, queries), _norm(attn.k_norm, keys)
-        both = torch.cat([queries, keys], dim=1)
-        cos, sin = rotation
-        both = torch.addcmul(both * cos, both.roll(size // 2, dims=-1), sin)
-        queries, keys = both.split((queries.shape[1], keys.shape[1]), dim=1)
-        return attn.o_proj(self._cache.attend(number, queries, keys, values))
+
+    def project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries ``[r, H, D]`` and keys ``[r, K, D]``, and values ``[r, K, D]``."""
+        queries, keys = self.heads
+        if self.together is not None:
+            states = self.together(h).view(len(h), -1, self.size)
+            both, values = (
+                states.narrow(1, 0, queries + keys),
+                states.narrow(1, queries + keys, keys),
+            )
+        else:
+            q, k, v = (
+                p(h).view(len(h), -1, self.size) for p in (self.queries, self.keys, self.values)
+            )
+            if self.query_norm is not None and self.key_norm is not None:
+                q, k = self.query_norm(q), self.key_norm(k)
+            both, values = torch.cat([q, k], dim=1), v
+        both = torch.addcmul(both * cos, both.roll(self.size // 2, dims=-1), sin)
+        return both.narrow(1, 0, queries), both.narrow(1, queries, keys), values
 
 
 def try_state(
@@ -164,9 +229,57 @@ def try_state(
     return torch.cat(found).float().log_softmax(dim=-1)
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Call an RMSNorm, as one kernel where that rounds in the same way."""
+def _heads(layer: Any) -> tuple[int, int]:
+    """Heads of queries and of keys."""
+    attn = layer.self_attn
+    keys = attn.k_proj.out_features // attn.head_dim
+    return keys * attn.num_key_value_groups, keys
+
+
+def _is_plain(module: nn.Module, hooks: int = 0) -> bool:
+    watchers = (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001 - no other way
+    return type(module) is nn.Linear and [len(x) for x in watchers] <= [0, hooks]
+
+
+def _linear(module: nn.Module, hooks: int = 0) -> Apply:
+    """Return what a layer computes; an adapter or a quantised layer is called as it is."""
+    return _product(module.weight, module.bias) if _is_plain(module, hooks) else module  # type: ignore[arg-type]
+
+
+def _product(weight: Tensor, bias: Tensor | None) -> Apply:
+    """Return the product with a weight, of which a CPU keeps a copy in oneDNN's order if large."""
+    if weight.numel() < PACKED or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return partial(linear, weight=weight, bias=bias)
+    if not torch.backends.mkldnn.is_available():
+        return partial(linear, weight=weight, bias=bias)
+    library = torch.ops.mkldnn
+    packed = library._reorder_linear_weight(weight.detach())  # noqa: SLF001 - as inductor does
+
+    def apply(x: Tensor) -> Tensor:
+        product: Tensor = library._linear_pointwise(x, packed, bias, "none", [], "")  # noqa: SLF001
+        return product
+
+    return apply
+
+
+def _joined(modules: Sequence[nn.Module]) -> Apply | None:
+    """Return several small layers as one, with a copy of their weights; None for others."""
+    if not all(_is_plain(module) for module in modules):
+        return None
+    weights: list[Any] = [module.weight for module in modules]
+    biases: list[Any] = [module.bias for module in modules]
+    if sum(weight.numel() for weight in weights) > JOINED:
+        return None
+    weight = torch.cat(weights)
+    if any(bias is None for bias in biases):
+        return None if any(bias is not None for bias in biases) else _product(weight, None)
+    return _product(weight, torch.cat(biases))
+
+
+def _norm(norm: nn.Module) -> Apply:
+    """Return an RMSNorm, as one kernel where that rounds in the same way."""
     weight: Tensor = norm.weight  # type: ignore[assignment]
-    if x.dtype != torch.float32 or weight.dtype != x.dtype:
-        return norm(x)
-    return rms_norm(x, weight.shape, weight, norm.variance_epsilon)  # type: ignore[arg-type]
+    if weight.dtype != torch.float32:
+        return norm
+    eps: float = norm.variance_epsilon  # type: ignore[assignment]
+    return partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)

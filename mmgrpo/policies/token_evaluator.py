@@ -87,6 +87,7 @@ class TokenEvaluator:
         self._checkpointing = checkpointing
         self._forbidden = torch.tensor(forbidden, dtype=torch.int64)
         self._accepted = inspect.signature(model.forward).parameters
+        self._embedding = model.get_input_embeddings()
         self._head = SelectiveHead(model.get_output_embeddings())
         self._finish = finish_logits(model.config.get_text_config())
         self._tile_rows = head_tile_rows
@@ -99,7 +100,8 @@ class TokenEvaluator:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        device: torch.device = self._embedding.weight.device
+        return device
 
     @property
     def forbidden(self) -> Tensor:

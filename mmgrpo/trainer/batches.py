@@ -62,26 +62,43 @@ def minibatches(group: Tensor, count: int, seed: int, collective: Collective) ->
 
 
 def micro_batches(
-    trajectories: Trajectories, size: int | None, *, whole_groups: bool = False
+    trajectories: Trajectories,
+    size: int | None,
+    *,
+    decisions: int | None = None,
+    whole_groups: bool = False,
 ) -> Sequence[Tensor]:
-    """Return the rows, cut into pieces of at most ``size`` (None: one piece).
+    """Return the rows, cut into pieces (None for both limits: one piece).
 
-    With ``whole_groups`` no group is cut: a piece is successive groups that together have at most
-    ``size`` rows, or one larger group.
+    Args:
+        trajectories: ``B`` rows.
+        size: most rows of a piece.
+        decisions: most rows of a piece times the decisions of its longest row.
+        whole_groups: no group is cut: a piece is successive groups within the limits, or one group
+            that exceeds them.
     """
     rows = torch.arange(len(trajectories), device=trajectories.group.device)
-    if not whole_groups or size is None:
+    if decisions is None and (size is None or not whole_groups):
         return rows.split(size or len(rows))
-    _, place, counts = torch.unique(trajectories.group, return_inverse=True, return_counts=True)
+    place = torch.unique(trajectories.group, return_inverse=True)[1] if whole_groups else rows
+    longest = (
+        trajectories.mask * torch.arange(1, trajectories.mask.shape[1] + 1, device=rows.device)
+    ).amax(dim=1)
+    units: dict[int, list[int]] = {}
+    for row, unit in enumerate(place.tolist()):
+        units.setdefault(unit, []).append(row)
+    widths = longest.tolist()
     pieces: list[list[int]] = [[]]
-    filled = 0
-    for index, count in enumerate(counts.tolist()):
-        if filled and filled + count > size:
+    width = 0
+    for _, unit in sorted(units.items()):
+        count, wider = len(pieces[-1]) + len(unit), max(width, *(widths[row] for row in unit))
+        too_many = size is not None and count > size
+        if pieces[-1] and (too_many or (decisions is not None and count * wider > decisions)):
             pieces.append([])
-            filled = 0
-        pieces[-1].append(index)
-        filled += count
-    return [rows[torch.isin(place, torch.tensor(p, device=place.device))] for p in pieces]
+            wider = max(widths[row] for row in unit)
+        pieces[-1] += unit
+        width = wider
+    return [rows[torch.tensor(sorted(piece), device=rows.device)] for piece in pieces]
 
 
 def trained(trajectories: Trajectories, rows: Tensor) -> Trajectories:
@@ -121,12 +138,11 @@ def without_idle(batch: Trajectories, method: MethodLike, total: Denominators) -
     return fewer if same else batch
 
 
-def without_repeats(batch: Trajectories, method: MethodLike, size: int | None) -> Trajectories:
+def without_repeats(batch: Trajectories, method: MethodLike, *, cut: bool) -> Trajectories:
     """Leave a decision that rows share to one of them, where the batch is cut into pieces.
 
     Otherwise each piece would evaluate it. Only where the loss is a sum over decisions.
     """
-    cut = size is not None and size < len(batch)
     if not cut or batch.node is None or batch.rollout_log_prob is not None:
         return batch
     if not method.per_decision:

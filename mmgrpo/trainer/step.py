@@ -166,14 +166,14 @@ def optimise(
     control = parts.entropy_control
     if control is not None:
         batch = control.weigh(batch, parts.collective)
-    fewer = without_idle(batch, parts.method, total)
+    fewer = without_idle(batch, parts.method, total) if config.speed.skip_idle else batch
     evaluated = denominators(fewer, parts.collective).decisions
     if evaluated < 0.5:
         fewer, evaluated = batch, total.decisions
-    size = config.trainer.micro_batch_size
-    batch = without_repeats(fewer, parts.method, size)
     whole_groups = "whole_groups" in parts.method.needs
-    pieces = micro_batches(batch, size, whole_groups=whole_groups)
+    cut = len(_pieces(fewer, config, whole_groups)) > 1
+    batch = without_repeats(fewer, parts.method, cut=cut)
+    pieces = _pieces(batch, config, whole_groups)
     for number, rows in enumerate(pieces, start=1):
         last = number == len(pieces)
         with nullcontext() if last else parts.accelerator.no_sync(parts.network):
@@ -205,6 +205,18 @@ def optimise(
     report.update_done(grad_norm=norm)
 
 
+def _pieces(
+    batch: Trajectories, config: Config, whole_groups: bool = False
+) -> Sequence[torch.Tensor]:
+    """Return the rows of each forward pass."""
+    return micro_batches(
+        batch,
+        config.trainer.micro_batch_size,
+        decisions=config.speed.micro_batch_decisions,
+        whole_groups=whole_groups,
+    )
+
+
 def _record(
     parts: Parts,
     trajectories: Trajectories,
@@ -218,7 +230,7 @@ def _record(
     before = parts.policy.forwards
     found = [
         parts.policy.evaluate(trajectories.select(rows), request)
-        for rows in micro_batches(trajectories, config.trainer.micro_batch_size)
+        for rows in _pieces(trajectories, config)
     ]
     report.cost(Cost(forwards=parts.policy.forwards - before))
     changes = {}

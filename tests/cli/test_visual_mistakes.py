@@ -58,6 +58,7 @@ def test_the_scheduler_predicts_something_else(pipeline, tmp_path, capsys):
 def test_the_window_is_larger_than_the_schedule(tmp_path, capsys):
     line = refuse(tmp_path, capsys, "method=mix-grpo", "rollout.num_steps=3")
     assert "rollout.num_steps 3" in line
+    assert "window of 4 steps" in line
 
 
 def test_a_split_point_lies_outside_the_schedule(tmp_path, capsys):
@@ -65,7 +66,7 @@ def test_a_split_point_lies_outside_the_schedule(tmp_path, capsys):
         tmp_path, capsys, "method=branch-grpo", "method.rollout.tree.splits=[0.0,1.0]",
         "rollout.group_size=4",
     )  # fmt: skip
-    assert "1.0" in line
+    assert "split steps [10]" in line
 
 
 def test_the_group_does_not_fit_the_tree_s_leaves(tmp_path, capsys):
@@ -93,13 +94,13 @@ def test_nobody_answers_at_the_judge_s_address(tmp_path, capsys):
 
 def test_a_dry_run_lists_what_is_not_there_yet(tmp_path, capsys):
     rewards = (
-        "rewards=[{name: image_pickscore, path: nowhere/pickscore}, "
-        "{name: image_judge, url: 'http://127.0.0.1:9/v1', model: any}, classifier_score]"
+        "{name: image_pickscore, path: nowhere/pickscore}, "
+        "{name: image_judge, url: 'http://127.0.0.1:9/v1', model: any}"
     )
-    plain = rewards.replace(", classifier_score", "")
-    assert main(["train", IMAGE, "--dry-run", f"run_dir={tmp_path}/run", plain]) == 0
+    ask = ["train", IMAGE, "--dry-run", f"run_dir={tmp_path}/run"]
+    assert main([*ask, f"rewards=[{rewards}]"]) == 0
     said = capsys.readouterr().out
     assert said.count("not found") == 2
     assert "nowhere/pickscore" in said
     assert "127.0.0.1:9" in said
-    assert main(["train", IMAGE, "--dry-run", f"run_dir={tmp_path}/run", rewards]) == 2
+    assert main([*ask, f"rewards=[{rewards}, {{name: image_jpeg, quality: 100}}]"]) == 2

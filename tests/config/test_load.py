@@ -256,7 +256,7 @@ def test_the_trackers_are_those_of_the_registry(run):
 def test_a_configuration_stays_small(schema):
     keys = set(known_keys(schema))
     leaves = {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
-    inner = ("model.lora.", "eval.judge.", "rewards.", "rollout.engine.")
+    inner = ("model.lora.", "eval.judge.", "rewards.", "rollout.engine.", "speed.")
     assert len({key for key in leaves if not key.startswith(inner)}) + len(inner) <= 52
 
 

@@ -22,7 +22,7 @@ def test_codes_are_the_nearest_entries_to_what_is_left(codec):
     for latent, found in zip(latents, codes.tolist(), strict=True):
         left = latent.clone()
         for book, code in zip(codec.codebooks, found, strict=True):
-            assert code == min(range(5), key=lambda k: (left - book[k]).norm().item())  # noqa: B023
+            assert code == min(range(5), key=lambda k: (left - book[k]).norm().item())
             left -= book[code]
 
 

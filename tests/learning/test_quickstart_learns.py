@@ -10,7 +10,8 @@ from mmgrpo.build import train
 from mmgrpo.config import load_config
 from mmgrpo.tracking import read_metrics
 
-SHORT = {"text": (20, 0.3), "vision": (20, 0.2), "image": (24, 0.2), "image_tokens": (20, 0.2)}
+SHORT = {"text": (20, 0.3), "vision": (20, 0.2), "image": (24, 0.2), "image_tokens": (20, 0.2),
+         "image_scales": (24, 0.2)}  # fmt: skip
 """Task -> steps of a short run, and how much success must rise by then."""
 TASKS = sorted(SHORT)
 

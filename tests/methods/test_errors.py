@@ -32,7 +32,7 @@ UNKNOWN = [
     ("rloo", {"reward.kl_placement": "sampel"}, ["reward.kl_placement", "'sample'"]),
     ("grpo", {"advantage.whiten": "token"}, ["advantage.whiten", "'decisions'"]),
     ("flow-grpo", {"rollout.kernel": "flow_sd"}, ["rollout.kernel", "'flow_sde'"]),
-    ("flow-grpo", {"rollout.selection.kind": "all"}, ["selection", "all_but_last"]),
+    ("flow-grpo", {"rollout.selection.kind": "all_but_lst"}, ["selection", "all_but_last"]),
     ("mixed", {}, ["unknown method 'mixed'", "valid:"]),
 ]
 

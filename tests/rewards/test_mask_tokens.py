@@ -1,6 +1,7 @@
 """The mask reward: the paper's numbers, the four format conditions, and the files it reads."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,8 +134,14 @@ def test_a_larger_truth_is_compared_at_its_own_size(folder):
 
 
 @pytest.mark.parametrize(
-    "truth", [5, {"size": [2, 2]}, {"size": [2, 2], "counts": [1, 2]}, {"size": [1, 1], "counts": [2, -1]}]
-)  # fmt: skip
+    "truth",
+    [
+        5,
+        {"size": [2, 2]},
+        {"size": [2, 2], "counts": [1, 2]},
+        {"size": [1, 1], "counts": [2, -1]},
+    ],
+)
 def test_an_unreadable_truth_raises_even_for_an_invalid_answer(folder, truth):
     with pytest.raises(ValueError, match="mask"):
         MaskTokens(folder)(["nothing"], mask=[truth])
@@ -146,8 +153,8 @@ def test_a_missing_or_unfit_codec_is_one_sentence(tmp_path, folder):
     with pytest.raises(ConfigError, match=r"not a mask codec folder \(no config\.json\)\.$"):
         MaskTokens(str(tmp_path / "nowhere"))
     (tmp_path / "half").mkdir()
-    fields = json.loads(open(f"{folder}/config.json").read())
-    (tmp_path / "half/config.json").write_text(json.dumps(fields))
+    fields = Path(folder, "config.json").read_text()
+    (tmp_path / "half/config.json").write_text(fields)
     with pytest.raises(ConfigError, match=r"no model\.safetensors"):
         MaskTokens(str(tmp_path / "half"))
     other = MaskCodec(MaskCodecConfig(canvas=(4, 6), latent=2)).requires_grad_(False)

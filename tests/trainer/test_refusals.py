@@ -185,7 +185,7 @@ def test_more_than_a_million_steps_are_still_in_order(tmp_path):
             ["grpo is held to a reference", "model.reference is 'none'", "'auto'"],
         ),
         ({"trainer": {"minibatches": 3}}, ["minibatches is 3", "prompts_per_step 2"]),
-        ({"method": "flow-grpo"}, ["'flow-grpo' is for image, not for text"]),
+        ({"method": "flow-grpo"}, ["'flow-grpo' is for image, video, not for text"]),
         ({"rollout": {"prompts_per_step": 100}}, ["12 rows", "asks for 100 different prompts"]),
         ({"tracking": {"trackers": ["tensorbord"]}}, ["tensorbord", "did you mean 'tensorboard'"]),
         ({"rewards": ["exact_answr"]}, ["exact_answr", "exact_answer"]),

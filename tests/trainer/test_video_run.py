@@ -100,7 +100,7 @@ def test_a_run_writes_plays_resumes_and_samples(folder, tmp_path):
         ({"modality": "image", "rollout": None}, ["draws videos", "modality 'video'"]),
         ({"model": {"path": "{folder}/image_model"}}, ["draws images", "modality 'image'"]),
         ({"model": {"path": "{folder}/broken"}}, ["incomplete", "no vae"]),
-        ({"method": "dapo"}, ["dapo", "video"]),
+        ({"method": "gspo"}, ["gspo", "video"]),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_sentence(folder, tmp_path, capsys, changes, words):

@@ -119,6 +119,7 @@ def window(
             f"expected width >= 1 and 0 <= first < last <= {trainable} (T - 1); "
             f"got width {width}, first {first}, last {last}."
         )
+    _check_width(width, steps)
     if start is None:
         room = max(last - first - width, 0) + 1
         start = first + int(torch.randint(room, (1,), generator=generator(steps.seed)))
@@ -144,7 +145,7 @@ def moving_window(
 
     Args:
         steps: what the selection is made for.
-        width: number of steps; cut off at ``last``.
+        width: number of steps, at most those of the schedule; cut off at ``last``.
         stride: steps that the window moves by.
         pace: how long the window stays, a name in
             :data:`mmgrpo.core.diffusion.windows.PACES`.
@@ -159,9 +160,15 @@ def moving_window(
             f"expected width >= 1 and 0 < last <= {steps.count - 1} (T - 1); "
             f"got width {width}, last {end} (T - 2 where none is given)."
         )
+    _check_width(width, steps)
     times = Pace(end, interval, rate, threshold)
     start = window_start(steps.iteration, times, stride=stride, pace=pace)
     return steps.shared(start, min(start + width, end))
+
+
+def _check_width(width: int, steps: Steps) -> None:
+    if width > steps.count:
+        raise ValueError(f"a window of {width} steps is larger than the schedule of {steps.count}.")
 
 
 def listed(steps: Steps, *, at: Sequence[int | float]) -> Selection:
