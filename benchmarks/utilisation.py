@@ -82,6 +82,7 @@ def inside(system: Mmgrpo, device: str) -> Iterator[dict[str, float]]:
     spent = {"forward": 0.0, "decode": 0.0, "backward": 0.0}
     places = [
         (system.policy, "_forward", "forward"),
+        (system.policy, "_read_kept", "forward"),  # the output head
         (PrefixState, "advance", "decode"),
         (torch.Tensor, "backward", "backward"),
     ]

@@ -290,4 +290,3 @@ class FlowPolicy:
 
 def _set(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-

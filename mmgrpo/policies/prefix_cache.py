@@ -155,6 +155,12 @@ def attention(queries: Tensor, pair: Pair, bias: Tensor | None) -> Pair:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
         found, lse = kernel(queries, keys, values, attn_mask=bias, scale=1.0)
         return found, lse
+    return plain_attention(queries, pair, bias)
+
+
+def plain_attention(queries: Tensor, pair: Pair, bias: Tensor | None) -> Pair:
+    """Return what :func:`attention` returns, from matrix products."""
+    keys, values = pair
     scores = (queries @ keys.transpose(-1, -2)).float()
     scores = scores if bias is None else scores + bias
     lse = scores.logsumexp(dim=-1)

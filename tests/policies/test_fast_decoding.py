@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mmgrpo.playground.tokenizer import build_tokenizer
 from mmgrpo.policies.autoregressive import AutoregressivePolicy
 from mmgrpo.policies.multimodal import VisionLanguagePolicy
-from mmgrpo.policies.prefix_cache import PrefixCache, attention
+from mmgrpo.policies.prefix_cache import PrefixCache, attention, plain_attention
 from mmgrpo.rollout.autoregressive import AutoregressiveEngine
 
 EOS = 256
@@ -146,25 +146,25 @@ def test_prompts_can_be_evaluated_once_per_completion():
     )
 
 
+@pytest.mark.parametrize("compute", [attention, plain_attention])
 @pytest.mark.parametrize("bias", [False, True])
-def test_attention_returns_the_log_sum_exp_of_the_scores(bias):
+def test_attention_returns_the_log_sum_exp_of_the_scores(compute, bias):
     queries, keys, values = (torch.randn(3, 2, n, 8) for n in (4, 7, 7))
     hidden = torch.zeros(3, 7, dtype=torch.bool)
     hidden[0, :2] = bias
     added = torch.zeros(3, 1, 1, 7).masked_fill(hidden[:, None, None], -torch.inf)
-    found, lse = attention(queries, (keys, values), added if bias else None)
+    found, lse = compute(queries, (keys, values), added if bias else None)
     scores = queries @ keys.mT + added
     torch.testing.assert_close(lse, scores.logsumexp(-1))
     torch.testing.assert_close(found, scores.softmax(-1) @ values)
 
 
-def test_other_devices_compute_the_same():
-    queries, keys, values = (torch.randn(3, 2, n, 8) for n in (4, 7, 7))
-    bias = torch.zeros(3, 1, 1, 7)
-    bias[1, ..., :3] = -torch.inf
-    meta = attention(queries.to("meta"), (keys.to("meta"), values.to("meta")), bias.to("meta"))
-    found = attention(queries, (keys, values), bias)
-    assert [x.shape for x in meta] == [x.shape for x in found]
+def test_half_precision_stays_within_its_tolerance():
+    policy = AutoregressivePolicy(tiny_text(), dtype="bfloat16")
+    assert policy._fast
+    found = sample(policy, text_prompts()).trajectories
+    again = policy.evaluate_plain(found).log_prob
+    assert (found.old_log_prob - again).abs().max() < policy.ratio_tolerance["bfloat16"]
 
 
 def test_rows_that_come_and_go_attend_to_their_own_tokens():
@@ -209,5 +209,10 @@ def test_rows_that_come_and_go_attend_to_their_own_tokens():
     rows += others
     for _ in range(18):
         step(cache, rows)
-    rows = select(cache, rows, [1, 4, 5])
+    assert cache._mask.shape == (5, 9)
+    rows = select(cache, rows, [1, 3, 4])  # of prompts with 5 and 9 tokens
+    step(cache, rows)
+    rows = select(cache, rows, [1, 2])  # of one prompt, which is no longer padded
+    assert cache._mask.shape[0] == 1
+    assert cache._mask.all()
     step(cache, rows)

@@ -367,5 +367,7 @@ def test_length_penalty_needs_a_buffer_inside_the_limit(limit, buffer):
 
 
 def test_without_a_tag_the_whole_completion_is_the_answer():
-    found = exact_answer(completions=[" 42.", "<answer>42</answer>", ""], answer=["42"] * 3, tag=None)
+    found = exact_answer(
+        completions=[" 42.", "<answer>42</answer>", ""], answer=["42"] * 3, tag=None
+    )
     assert found == [1.0, 0.0, 0.0]

@@ -223,7 +223,8 @@ def test_so_they_do_in_other_families_or_wait(family):
     torch.testing.assert_close(rollout.trajectories.old_log_prob, again, atol=1e-5, rtol=0)
 
 
-def test_the_padding_of_rows_that_left_is_dropped(policy):
+def test_the_padding_of_rows_that_left_is_dropped():
+    policy = eager_to_end(AutoregressivePolicy(tiny_text(), fast_decoding=False))
     widths = []
     forward = policy.model.forward
 
