@@ -48,7 +48,7 @@ class FlowPolicy:
     ratio_tolerance: Mapping[str, float] = {"float32": 1e-5, "bfloat16": 2e-3, "float16": 1e-3}
     """Tight, because a log-probability is a mean over the latent: so are the clip ranges."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each names one choice
         self,
         source: str | Path | Any,
         *,
