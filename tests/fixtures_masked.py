@@ -1,6 +1,9 @@
-"""A tiny masked diffusion model: a real Llama that looks in both directions."""
+"""A tiny masked diffusion model, a real Llama that looks in both directions, and runs on it."""
+
+import json
 
 import torch
+from fixtures_runs import REWARDS, merged
 
 
 def tiny_masked(seed=0):
@@ -25,3 +28,33 @@ def tiny_masked(seed=0):
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
     return model, tokenizer
+
+
+PAIRS = ("ab", "cd", "ea", "fh", "gc", "bb")
+
+
+def write_masked(folder):
+    """Write a model folder and its data."""
+    model, tokenizer = tiny_masked()
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [json.dumps({"prompt": pair, "answer": pair[0]}) + "\n" for pair in PAIRS]
+    (folder / "train.jsonl").write_text("".join(rows))
+    (folder / "eval.jsonl").write_text("".join(rows[:2]))
+    return folder
+
+
+def masked_document(folder, run_dir, **changes):
+    """A configuration as a mapping; ``changes`` are sections to update or keys to set."""
+    base = {
+        "modality": "masked_text",
+        "method": "grpo",
+        "run_dir": str(run_dir),
+        "model": {"path": str(folder / "model")},
+        "data": {"train": str(folder / "train.jsonl")},
+        "rewards": [{"name": f"{REWARDS}:spread"}],
+        "rollout": {"group_size": 4, "prompts_per_step": 4, "max_new_tokens": 4},
+        "trainer": {"steps": 2, "learning_rate": 1e-3},
+    }
+    return merged(base, changes)

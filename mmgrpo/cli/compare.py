@@ -69,7 +69,18 @@ def _show(header: list[str], cells: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table(*header)
+    console = Console()
+    count = columns_that_fit([header, *cells], console.width)
+    grid = Table(*header[:count])
     for line in cells:
-        grid.add_row(*line)
-    Console().print(grid)
+        grid.add_row(*line[:count])
+    console.print(grid)
+    if count < len(header):
+        console.print(f"The page also has: {', '.join(header[count:])}.")
+
+
+def columns_that_fit(lines: list[list[str]], width: int) -> int:
+    """How many leading columns of a table stand side by side unbroken; at least one."""
+    needed = [max(map(len, column)) + 3 for column in zip(*lines, strict=True)]
+    fitting = sum(1 for end in range(1, len(needed) + 1) if sum(needed[:end]) < width)
+    return max(fitting, 1)

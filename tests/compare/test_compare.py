@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
+from mmgrpo.cli.compare import columns_that_fit
 from mmgrpo.cli.main import main
 from mmgrpo.compare import Budget, Contest, execute, parse_entry, run_contest, summarise
 from mmgrpo.compare.contest import Entry, task_modality, tasks
@@ -234,3 +235,11 @@ def test_every_task_has_valid_settings():
             entry = parse_entry(method, task)
             Contest(task, (entry,), 1, Budget(steps=1), Path("unused")).check()
     assert task_modality("image") == "image"
+
+
+def test_a_narrow_terminal_gets_the_leading_columns_unbroken():
+    lines = [["method", "before", "after"], ["flow-grpo", "0.5", "0.9 ± 0.01"]]
+    whole = (9 + 3) + (6 + 3) + (10 + 3) + 1
+    assert columns_that_fit(lines, whole) == 3
+    assert columns_that_fit(lines, whole - 1) == 2
+    assert columns_that_fit(lines, 5) == 1
