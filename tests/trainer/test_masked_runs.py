@@ -9,6 +9,7 @@ from mmgrpo.config import load_config
 from mmgrpo.methods import list_presets, load_method
 
 PRESETS = [n for n in list_presets() if "masked_text" in load_method(n).modalities]
+SAMPLED = {"samples": 2, "temperature": 1.0}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from fixtures_masked import masked_document, write_masked
 from fixtures_runs import REWARDS, command, document, finish, merged, metrics_of, write_config
+from fixtures_scales import scales_document, write_scales
 from safetensors.torch import load_file
 from train_all import train_all
 
@@ -67,14 +69,37 @@ QUICK = {
     "image": ("image", {"method": "flow-grpo", "trainer": {"micro_batch_size": 3}}),
     "image-history": ("image", {"method": DDPO, "trainer": {"micro_batch_size": 3}}),
     "image-tokens": ("image_tokens", REASONED),
+    "image-scales": ("image_scales", {"trainer": {"micro_batch_size": 3}}),
+    "masked-path": ("masked_text", {"trainer": {"micro_batch_size": 3}}),
+    "masked-elbo": ("masked_text", {"method": "vrpo-llada", "trainer": {"micro_batch_size": 4}}),
+    "masked-sites": ("masked_text", {"method": "sepo", "trainer": {"minibatches": 2}}),
     "image-dropped": ("image", {"method": "dance-grpo", "model": {"lora": {"rank": 2}}}),
 }  # fmt: skip
+
+
+def scales(models, modality, run_dir, **changes):
+    return scales_document(models / modality, run_dir, **changes)
+
+
+def masked(models, modality, run_dir, **changes):
+    return masked_document(models / modality, run_dir, **changes)
+
+
+DOCUMENTS = {"image_scales": scales, "masked_text": masked}
+"""Modalities whose configurations are written by fixtures of their own."""
+
+
+@pytest.fixture(scope="session")
+def folders(models):
+    write_scales(models / "image_scales")
+    write_masked(models / "masked_text")
+    return models
 
 
 def documents(models, cases, folder):
     made = []
     for name, (modality, changes) in cases.items():
-        doc = document(models, modality, folder / name, **changes)
+        doc = DOCUMENTS.get(modality, document)(models, modality, folder / name, **changes)
         doc["trainer"]["steps"] = 2
         if "eval" in changes:
             doc["data"]["eval"] = doc["data"]["train"].replace("train.jsonl", "eval.jsonl")
@@ -110,8 +135,8 @@ def compare(one, two):
     return flat_a
 
 
-def test_two_processes_train_what_one_trains(models, tmp_path):
-    train_both(models, QUICK, tmp_path)
+def test_two_processes_train_what_one_trains(folders, tmp_path):
+    train_both(folders, QUICK, tmp_path)
     for case in QUICK:
         compare(tmp_path / "one" / case, tmp_path / "two" / case)
     rows = {case: metrics_of(tmp_path / "two" / case) for case in QUICK}
@@ -121,10 +146,10 @@ def test_two_processes_train_what_one_trains(models, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("modality", ["text", "vision", "image", "image_tokens"])
-def test_every_preset(models, tmp_path, modality):
+@pytest.mark.parametrize("modality", ["text", "vision", "image", "image_tokens", *DOCUMENTS])
+def test_every_preset(folders, tmp_path, modality):
     cases = preset_cases(modality)
-    train_both(models, cases, tmp_path)
+    train_both(folders, cases, tmp_path)
     for case in cases:
         compare(tmp_path / "one" / case, tmp_path / "two" / case)
 
