@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mmgrpo import Trainer, load_method
-from mmgrpo.playground.image_model import Design, build_pipeline
+from mmgrpo.playground.image_model import build_pipeline
 from mmgrpo.policies.flow import FlowPolicy
 from mmgrpo.protocols import Prompt
 from mmgrpo.trainer.parts import State
@@ -162,14 +162,15 @@ def make_case(method: Mapping[str, Any], layers: int, width: int, clock: str) ->
     """A trainer on random weights."""
     from diffusers import SD3Transformer2DModel
 
-    pipe = build_pipeline(0, Design(height=SIZE, width=SIZE, channels=CHANNELS, patch_size=PATCH))
+    pipe: Any = build_pipeline(0)
     torch.manual_seed(0)
-    pipe.transformer = SD3Transformer2DModel(
+    network = SD3Transformer2DModel(
         sample_size=SIZE, patch_size=PATCH, in_channels=CHANNELS, out_channels=CHANNELS,
         num_layers=layers, attention_head_dim=32, num_attention_heads=width // 32,
         joint_attention_dim=TEXT_WIDTH, caption_projection_dim=width,
         pooled_projection_dim=TEXT_WIDTH, pos_embed_max_size=SIZE // PATCH, qk_norm="rms_norm",
     )  # fmt: skip
+    pipe = type(pipe)(**{**pipe.components, "transformer": network})
     trainer = Trainer(
         FlowPolicy(pipe, max_prompt_tokens=4),
         reward=spread,
@@ -192,11 +193,8 @@ def median(values: Iterable[float]) -> float:
 
 def row(name: str, case: Case, seconds: Mapping[str, float]) -> list[str]:
     """A method's line of the table."""
-    outside = median(
-        1 - account.network_s / total
-        for account, total in zip(case.accounts, case.seconds, strict=True)
-    )
-    over = median(total / alone for total, alone in zip(case.seconds, case.alone, strict=True))
+    outside = 1 - sum(account.network_s for account in case.accounts) / sum(case.seconds)
+    over = sum(case.seconds) / sum(case.alone)  # windows have repeats of different lengths
     return [
         name,
         f"{seconds[name]:.2f}",

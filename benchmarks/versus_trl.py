@@ -20,24 +20,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
-from systems import SYSTEMS, System, save_model
+from systems import KINDS, SYSTEMS, System, save_model
 
 GROUP = 8
 TOLERANCE = 1e-5
 
 
 class Case(NamedTuple):
-    """A row of the table: tokens of prompt and completion, vocabulary, size of the model."""
+    """A row of the table: tokens of prompt and completion, vocabulary, size of the model.
+
+    ``kind`` is a key of ``KINDS``; an image's tokens are not among those of the prompt.
+    """
 
     prompt: int
     completion: int
     vocabulary: int
     size: str = "small"
     prompts: int = 2
+    kind: str = "Qwen2"
+    label: str = ""
 
     def __str__(self) -> str:
-        return f"{self.size}, P={self.prompt}, C={self.completion}, V={self.vocabulary}"
+        name = self.label or self.size
+        return f"{name}, P={self.prompt}, C={self.completion}, V={self.vocabulary}"
 
 
 CASES = [
@@ -46,6 +53,7 @@ CASES = [
     Case(64, 64, 16384),
     Case(512, 32, 16384),
     Case(256, 128, 16384, "100M"),
+    Case(16, 64, 512, kind="Qwen2-VL", label="tiny Qwen2-VL, one 224x224 image"),
 ]
 
 
@@ -55,19 +63,21 @@ MEMORY = [
     Case(256, 512, 37984, prompts=1),
 ]
 """The logits of all completions together: 2.5 GB in the first, a quarter of that in the others."""
-MEMORY_SYSTEMS = ("TRL best settings", "mmgrpo")
+LOGIT_COPIES = {"TRL best settings": 8, "mmgrpo": 0}
+"""How many times a system holds all logits in float32, rounded up, to tell what will not fit."""
 
 
 def fixed_batch(case: Case) -> dict[str, Any]:
-    """Return texts of P letters, 8 completions ``[8, C]`` of each and their advantages.
+    """Return prompts of P letters, 8 completions ``[8, C]`` of each and their advantages.
 
     A letter is one token of the byte tokenizer.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (case.prompts * GROUP, case.completion)
+    ask = KINDS[case.kind].prompt
     letters = torch.randint(97, 122, (case.prompts, case.prompt), generator=generator)
     return {
-        "texts": [bytes(row).decode() for row in letters.tolist()],
+        "prompts": [ask(place, bytes(row).decode()) for place, row in enumerate(letters.tolist())],
         "completions": torch.randint(0, 250, shape, generator=generator),
         "advantages": torch.randn(case.prompts * GROUP, generator=generator),
     }
@@ -92,19 +102,20 @@ def timed(call: Callable[[], Any], now: Callable[[], float]) -> float:
     return now() - start
 
 
-def measure(case: Case, names: list[str], repeats: int, folder: Path, clock: str) -> dict[str, Any]:
+def measure(case: Case, names: list[str], options: Any, folder: Path) -> dict[str, Any]:
     """Return the gradient error and, per system, the medians of step, update and generation."""
-    save_model(folder, vocabulary=case.vocabulary, size=case.size)
+    save_model(folder, vocabulary=case.vocabulary, size=case.size, kind=case.kind)
     batch = fixed_batch(case)
     systems: dict[str, System] = {name: SYSTEMS[name](folder, case, batch) for name in names}
     error = gradient_error(systems["mmgrpo"].gradient(), systems["TRL best settings"].gradient())
     if error > TOLERANCE:
         raise SystemExit(f"{case}: the gradients differ by {error:.1e}; nothing was timed.")
     seconds: dict[str, dict[str, list[float]]] = {n: {} for n in names}
-    for repeat in range(repeats + 1):
+    for repeat in range(options.cold, options.repeats + 1):
         for name, system in systems.items():
             for part in ("step", "update", "generate"):
-                found = timed(getattr(system, part), CLOCKS[clock])
+                found = timed(getattr(system, part), CLOCKS[options.clock])
+                print(f"{case}; {repeat}: {name}, {part}: {found:.2f} s", file=sys.stderr)
                 if repeat:  # the first is the warm-up
                     seconds[name].setdefault(part, []).append(found)
     medians = {
@@ -119,12 +130,43 @@ def peak_memory(case_number: int, name: str, threads: int) -> float | None:
     chosen = ["--threads", str(threads), "--peak", str(case_number), name]
     command = [sys.executable, __file__, *chosen]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return float(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    if done.returncode:
+        print(*done.stderr.splitlines()[-1:], file=sys.stderr)
+        return None
+    return float(done.stdout.splitlines()[-1])
+
+
+def refusal(case: Case, name: str, available: int) -> str | None:
+    """Return a sentence that says why a peak cannot be measured here, None where it can.
+
+    Args:
+        case: a row of ``MEMORY``.
+        name: a key of ``LOGIT_COPIES``.
+        available: bytes of memory that are free.
+    """
+    logits = 4 * case.prompts * GROUP * case.completion * case.vocabulary
+    needed = 2**30 + LOGIT_COPIES[name] * logits
+    if needed <= available:
+        return None
+    return (
+        f"{case}: {name} is skipped, for it needs about {needed / 2**30:.0f} GiB of memory and "
+        f"{available / 2**30:.0f} GiB are free."
+    )
+
+
+def print_memory(threads: int) -> None:
+    """Measure the peaks of ``MEMORY`` one after the other, those that fit."""
+    for number, case in enumerate(MEMORY, start=len(CASES)):
+        for name in LOGIT_COPIES:
+            reason = refusal(case, name, psutil.virtual_memory().available)
+            peak = None if reason else peak_memory(number, name, threads)
+            shown = "not measured" if peak is None else f"{peak:.0f} MiB"
+            print(reason or f"{case}; an update's peak: {name}, {shown}", flush=True)
 
 
 def _print_peak(case: Case, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder), vocabulary=case.vocabulary, size=case.size)
+        save_model(Path(folder), vocabulary=case.vocabulary, size=case.size, kind=case.kind)
         system = SYSTEMS[name](Path(folder), case, fixed_batch(case))
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
         before = _status("VmRSS")
@@ -145,8 +187,10 @@ def row(case: Case, found: dict[str, Any] | None, peaks: dict[str, float | None]
     seconds = found["seconds"]
     cells = []
     for part in ("step", "update", "generate"):
-        newcomer, best, ours = (seconds[name][part] for name in SYSTEMS)
-        cells += [f"{newcomer:.3f} / {best:.3f} / {ours:.3f}", f"**{best / ours:.1f}x**"]
+        times = {name: parts[part] for name, parts in seconds.items()}
+        shown = [f"{times[n]:.3f}" if n in times else "-" for n in SYSTEMS]
+        ratio = times["TRL best settings"] / times["mmgrpo"]
+        cells += [" / ".join(shown), f"**{ratio:.1f}x**"]
     memory = " / ".join("not measured" if p is None else f"{p:.0f}" for p in peaks.values())
     return f"| {case} | " + " | ".join(cells) + f" | {memory} | {found['error']:.0e} |"
 
@@ -176,6 +220,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--cold", action="store_true", help="no warm-up, for slow cases")
+    parser.add_argument("--no-newcomer", action="store_true", help="TRL only at its best settings")
     parser.add_argument("--no-peaks", action="store_true", help="leave the memory out")
     parser.add_argument("--memory", action="store_true", help="only the peaks with many logits")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
@@ -186,25 +232,23 @@ def main() -> None:
         _print_peak([*CASES, *MEMORY][int(options.peak[0])], options.peak[1])
         return
     if options.memory:
-        for number, case in enumerate(MEMORY, start=len(CASES)):
-            peaks = {name: peak_memory(number, name, options.threads) for name in MEMORY_SYSTEMS}
-            print(case, "; an update's peak in MiB:", peaks, flush=True)
+        print_memory(options.threads)
         return
     print(versions(), f"; {options.clock} time, medians of {options.repeats}", sep="")
     print("columns:", " / ".join(SYSTEMS), "; ratio: TRL at its best settings over mmgrpo\n")
     print(HEADER)
+    names = [name for name in SYSTEMS if not (options.no_newcomer and "newcomer" in name)]
     results = {}
     for number, case in enumerate(CASES):
         found, peaks = None, {}
         if number in options.cases:
             with tempfile.TemporaryDirectory() as folder:
-                found = measure(case, list(SYSTEMS), options.repeats, Path(folder), options.clock)
+                found = measure(case, names, options, Path(folder))
             peaks = dict.fromkeys(SYSTEMS)
             if not options.no_peaks:
                 peaks = {name: peak_memory(number, name, options.threads) for name in SYSTEMS}
             results[str(case)] = {**found, "peak_mib": peaks}
         print(row(case, found, peaks), flush=True)
-    print("| tiny Qwen2-VL, one 224x224 image, C=64 |" + " not measured |" * 8)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 

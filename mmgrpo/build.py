@@ -5,14 +5,17 @@ Everything that can be wrong is looked at before anything is written.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmgrpo.config import Config, dump_config
 from mmgrpo.config.schema import Reward
-from mmgrpo.core.collective import LOCAL
+from mmgrpo.core.collective import LOCAL, Collective
 from mmgrpo.core.entropy_control import EntropyControl
 from mmgrpo.data import PromptSource, check_columns, read_prompts
 from mmgrpo.errors import ConfigError, MissingResourceError, ModelError
@@ -25,6 +28,7 @@ from mmgrpo.plan import (
     check_prompts,
     check_reference,
     check_trackers,
+    checkpointing,
     describe,
 )
 from mmgrpo.policies.adapters import Ema, trainable_parameters
@@ -35,7 +39,12 @@ from mmgrpo.registry import resolve
 from mmgrpo.rollout.perturbed import PerturbedEngine
 from mmgrpo.scoring import NamedReward, RewardRunner, check_modality, load_reward, load_rewards
 from mmgrpo.tracking import Console, JsonlTracker, write_samples, write_summary
-from mmgrpo.trainer.distributed import EvaluationModule, make_accelerator, make_collective
+from mmgrpo.trainer.distributed import (
+    EvaluationModule,
+    any_rank,
+    make_accelerator,
+    make_collective,
+)
 from mmgrpo.trainer.evaluate import evaluate as run_evaluation
 from mmgrpo.trainer.history import RewardHistory
 from mmgrpo.trainer.loop import fit
@@ -43,6 +52,8 @@ from mmgrpo.trainer.optim import Optimizer
 from mmgrpo.trainer.parts import Evaluator, Parts
 from mmgrpo.trainer.quiet import silence
 from mmgrpo.trainer.run_folder import check_run_folder, open_run_folder
+
+logger = logging.getLogger(__name__)
 
 EVAL_SEED = 0
 """Names the noise of evaluations: the same in every run, so that runs can be compared."""
@@ -139,12 +150,14 @@ def assemble(
     check_prompts(prompts, config)
     rewards = make_rewards(config) if rewards is None else rewards
     scorer = make_scorer(rewards, config, prompts)
-    policy = make_policy(config, method) if policy is None else policy
+    given, policy = policy, make_policy(config, method) if policy is None else policy
     policy.network.to(accelerator.device)
     keep_reference(policy, method, config)
     check_reference(policy, method)
     engine = modality_of(config).engine(policy, config, method, "train")
     policy.check(prompts, room=engine.room)
+    if given is None and config.model.gradient_checkpointing == "auto":
+        checkpoint_where_needed(policy, method, config, accelerator.device, collective)
     greedy = None
     if "baseline_reward" in method.needs:
         greedy = modality_of(config).engine(policy, config, method, "greedy")
@@ -237,6 +250,17 @@ def make_policy(config: Config, method: Method, folder: str | None = None) -> Po
     modality = modality_of(config)
     silence(modality.libraries)
     return modality.policy(config, folder or config.model.path, reference)
+
+
+def checkpoint_where_needed(
+    policy: Any, method: Method, config: Config, device: torch.device, collective: Collective
+) -> None:
+    """Decide what ``gradient_checkpointing: auto`` means, for all ranks alike, and say why."""
+    decision = checkpointing(config, method, policy=policy, device=device)
+    level = logging.WARNING if decision.on else logging.INFO
+    logger.log(level, "activation checkpointing is %s.", decision)
+    if any_rank(collective, decision.on):
+        policy.checkpoint_activations()
 
 
 def make_entropy_control(method: Method) -> EntropyControl | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,6 +213,11 @@ class RolloutEngine(Protocol):
         ...
 
 
+OnSamples = Callable[[Sequence[Sample]], None]
+"""Takes the samples of one whole group. An engine with ``announces = True`` has the keyword
+``on_samples`` in ``generate``, and calls it while other groups are not finished yet."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """What a scorer returns.
@@ -233,6 +238,25 @@ class Scorer(Protocol):
 
     def score(self, samples: Sequence[Sample], *, step: int) -> Scores:
         """Score all samples with every reward. Raises RewardError."""
+        ...
+
+    def ahead(self, prompts: Sequence[Prompt]) -> AheadScorer | None:
+        """Return what scores samples of these prompts while others are made, if that is the same.
+
+        For one rollout: it takes in the groups as they are finished, then scores them all.
+        """
+        ...
+
+
+class AheadScorer(Protocol):
+    """A scorer of one rollout that begins before all samples are there."""
+
+    def add(self, samples: Sequence[Sample]) -> None:
+        """Begin with the samples of one whole group."""
+        ...
+
+    def score(self, samples: Sequence[Sample], *, step: int) -> Scores:
+        """Score all samples, in the order of the rollout. Raises RewardError."""
         ...
 
 

@@ -32,6 +32,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "zero_advantage": _CORE + "filters:zero_advantage",
         "prune_leaves": _CORE + "filters:prune_leaves",
         "prune_steps": _CORE + "filters:prune_steps",
+        "best_and_worst": _CORE + "filters:best_and_worst",
     },
     "baseline": {
         "none": _CORE + "advantages:no_baseline",

@@ -24,6 +24,15 @@ Two pictures were generated for the prompt: {prompt}
 Which one shows better what the prompt asks for, and is better made?
 Answer with JSON only: {"better": 1}, {"better": 2}, or {"better": 0} if neither is."""
 
+QUESTION_BY_DIMENSION = """\
+Two pictures were generated for the prompt: {prompt}
+
+Which one is better overall ("better"), and which in each of these respects: {dimensions}?
+Answer with a JSON object of these keys only, such as {"better": 1}: the number of the better \
+picture, 1 or 2, or 0 if neither is."""
+
+OVERALL = "better"
+"""Key of the verdict on the whole picture."""
 WIN: Mapping[Any, float] = {1: 1.0, 2: 0.0, 0: 0.5}
 """The verdict -> what the first picture gets; the second gets the rest."""
 
@@ -38,6 +47,10 @@ class ImageWinRate:
 
         R_i = sum over the others j of w(i, j) / (G - 1)
 
+    With ``dimensions``, of weights v_k, the model is asked about each beside the whole picture, and
+    a verdict is ``(1 - share) overall + share sum v_k dimension_k / sum v_k`` (the program's
+    Flex judge: 0.3 and 0.7, equal weights).
+
     Range [0, 1], higher is better; the mean over a group is always 0.5, so this shows no progress
     of the whole: log a pointwise reward beside it with weight 0. A picture without others scores
     0.5, after one request with itself. An endpoint that fails, or no answer of which can be read,
@@ -48,7 +61,10 @@ class ImageWinRate:
     Args:
         url: the endpoint, such as ``http://localhost:8000/v1``.
         model: the name under which it serves the model.
-        question: what it is asked; ``{prompt}`` is replaced.
+        question: what it is asked; ``{prompt}`` and ``{dimensions}`` are replaced. None: a
+            question that fits.
+        dimensions: key of the answer -> weight, v_k; none: the whole picture alone.
+        share: weight of the dimensions together, in [0, 1].
         swap: show each pair in both orders.
         api_key_env: name of the environment variable with the key, if one is needed.
         timeout_s: limit of one request, in seconds.
@@ -58,15 +74,18 @@ class ImageWinRate:
         check: ask at the start whether the endpoint is there and serves the model.
 
     Raises:
-        ConfigError: no endpoint, an unknown model, a missing key, or a bad question.
+        ConfigError: no endpoint, an unknown model, a missing key, or a bad question, dimension or
+            share.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each names one choice
         self,
         url: str,
         model: str,
         *,
-        question: str = QUESTION,
+        question: str | None = None,
+        dimensions: Mapping[str, float] | None = None,
+        share: float = 0.7,
         swap: bool = True,
         api_key_env: str | None = None,
         timeout_s: float = 60.0,
@@ -75,9 +94,12 @@ class ImageWinRate:
         concurrency: int = 16,
         check: bool = True,
     ) -> None:
+        self.weights = _weights(dimensions or {}, share)
+        question = question or (QUESTION_BY_DIMENSION if dimensions else QUESTION)
         if "{prompt}" not in question:
             raise ConfigError("image_win_rate: the question must contain {prompt}.")
-        self.question, self.swap = question, swap
+        self.question = question.replace("{dimensions}", ", ".join(dimensions or {}))
+        self.swap = swap
         self.endpoint = JudgeEndpoint(
             "image_win_rate", url, model, api_key_env=api_key_env, timeout_s=timeout_s,
             retries=retries, wait_s=wait_s, concurrency=concurrency, max_tokens=512, check=check,
@@ -136,5 +158,31 @@ class ImageWinRate:
         """What the first of two pictures gets; None for an answer that cannot be read."""
         question = self.question.replace("{prompt}", prompt)
         answer = read_object(await self.endpoint.ask(question, [first, second])) or {}
-        better = answer.get("better")
-        return WIN.get(better) if type(better) is int else None
+        wins = [_win(answer.get(key)) for key in self.weights]
+        if all(win is None for win in wins):
+            return None
+        pairs = zip(self.weights.values(), wins, strict=True)
+        return sum(weight * (0.5 if win is None else win) for weight, win in pairs)
+
+
+def _win(verdict: Any) -> float | None:
+    return WIN.get(verdict) if type(verdict) is int else None
+
+
+def _weights(dimensions: Mapping[str, float], share: float) -> dict[str, float]:
+    """Key of an answer -> weight of its verdict; they sum to 1.
+
+    Raises:
+        ConfigError: a number out of its range, or a dimension with the name of the whole.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"image_win_rate: share must be in [0, 1]; got {share}.")
+    if OVERALL in dimensions or any(weight <= 0 for weight in dimensions.values()):
+        raise ConfigError(
+            f"image_win_rate: dimensions need positive weights and names other than '{OVERALL}'; "
+            f"got {dict(dimensions)}."
+        )
+    if not dimensions:
+        return {OVERALL: 1.0}
+    total = sum(dimensions.values())
+    return {OVERALL: 1 - share} | {k: share * v / total for k, v in dimensions.items()}

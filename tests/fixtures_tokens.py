@@ -26,6 +26,8 @@ TEXT_FAMILIES = {
         "final_logit_softcapping": 2.0,
     },
     "granite": {"logits_scaling": 4.0},
+    "qwen3": {"head_dim": 8},  # queries and keys are normed
+    "llama": {},
 }
 
 
@@ -179,6 +181,27 @@ def distributions(model, trajectories, row, **inputs):
             inputs[name] = torch.cat([value, blank], dim=1)
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0]
     return (logits[len(prompt) - 1 : -1].float() / payload.temperature[row]).log_softmax(-1)
+
+
+def with_moved_adapter(policy):
+    """The policy; an adapter, which changes nothing while it is fresh, is moved."""
+    from mmgrpo.policies.adapters import has_adapter, trainable_parameters
+
+    generator = torch.Generator().manual_seed(3)
+    moved = trainable_parameters(policy.network) if has_adapter(policy.network) else {}
+    with torch.no_grad():
+        for parameter in moved.values():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def gradients(policy, evaluation):
+    """Gradient of an uneven sum of log-probabilities and entropies, as a list."""
+    from mmgrpo.policies.adapters import trainable_parameters
+
+    weight = torch.linspace(0.5, 2.0, evaluation.log_prob.numel()).view_as(evaluation.log_prob)
+    loss = (evaluation.log_prob * weight).sum() + 0.3 * (evaluation.entropy * weight).sum()
+    return torch.autograd.grad(loss, list(trainable_parameters(policy.network).values()))
 
 
 def relative_error(found, expected):

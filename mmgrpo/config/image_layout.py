@@ -81,6 +81,11 @@ class ImageLayout(Section):
         """Return the layout with another length of the plan; None keeps it."""
         return self if plan_tokens is None else self.model_copy(update={"plan_tokens": plan_tokens})
 
+    def write(self, folder: str | Path) -> None:
+        """Write what :func:`read_layout` reads."""
+        text = self.model_dump_json(indent=2) + "\n"
+        (Path(folder) / FILE).write_text(text, encoding="utf-8")
+
 
 def read_layout(folder: str | Path) -> ImageLayout:
     """Read the layout in a model's local folder.
@@ -92,7 +97,8 @@ def read_layout(folder: str | Path) -> ImageLayout:
     if not file.is_file():
         raise ModelError(
             f"{folder} has no {FILE}, which says where its vocabulary holds image codes; expected "
-            "a local folder with a causal language model, that file and a `vq` decoder."
+            "a local folder with a causal language model, that file and a `vq` decoder (for Janus, "
+            "mmgrpo.policies.janus.write_layout makes the file)."
         )
     try:
         return ImageLayout.model_validate_json(file.read_text(encoding="utf-8"))

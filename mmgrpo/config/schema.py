@@ -119,7 +119,8 @@ class Model(Section):
     lora: Lora | None = None
     reference: Literal["auto", "adapter_off", "copy", "ema", "none"] = "auto"
     """Where the reference comes from, if the method needs one; auto: adapter_off, else copy."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Compute activations twice and keep few; auto: where a micro-batch would not fit otherwise."""
 
 
 class Data(Section):
@@ -174,6 +175,8 @@ class Speed(Section):
     """Decisions (tokens, denoising steps) per forward pass, padding included; null: any number."""
     skip_idle: bool = True
     """Leave samples out of the update that have no gradient."""
+    overlap_rewards: bool = True
+    """Call rewards on groups that are finished while others are still drawn or decoded."""
 
 
 class Eval(Section):

@@ -87,11 +87,20 @@ class TextRollout(TokenRollout):
     """native or vllm, or a mapping with name."""
 
 
-class TokenSpeed(Speed):
+class LayerSpeed(Speed):
+    """What makes a step with a language model cheaper."""
+
+    fast_layers: bool = True
+    """Compute the float32 layers of a model on a CPU in fewer and faster steps."""
+
+
+class TokenSpeed(LayerSpeed):
     """What makes a step with a causal language model cheaper."""
 
     share_prompts: bool = True
     """Evaluate a prompt once for its group, not once per completion."""
+    pack: bool = True
+    """Evaluate prompts and completions as one row without padding, where share_prompts is on."""
     head_tile_rows: NonNegativeInt | None = None
     """Positions that the output head reads at a time; null: by their size; 0: all."""
     fast_decoding: bool = True
@@ -147,7 +156,15 @@ class ImageTokensRollout(TokenRollout):
 
     ask_questions: bool = False
     """Let the model answer the column `questions` about its own picture, for `self_answer`."""
+    train_answers: bool = False
+    """Draw these answers and train them too, with the advantage of the picture."""
     max_answer_tokens: PositiveInt = 16
+
+    @model_validator(mode="after")
+    def _only_what_is_asked_is_answered(self) -> ImageTokensRollout:
+        if self.train_answers and not self.ask_questions:
+            raise ValueError("train_answers is true, and nothing is asked: set ask_questions")
+        return self
 
 
 class ImageTokensEval(Eval):
@@ -194,6 +211,7 @@ class MaskedTextConfig(Config):
     model: TextModel
     data: TextData
     rollout: MaskedTextRollout = MaskedTextRollout()
+    speed: LayerSpeed = LayerSpeed()
     eval: MaskedTextEval = MaskedTextEval()
 
 

@@ -1,8 +1,9 @@
 """Baselines and scales: how rewards ``[B]`` become sample advantages ``[B]``.
 
 A baseline is a function (reward, trajectories) -> ``[B]``; a scale is a function
-(reward, centred, trajectories) -> divisor, ``[B]`` or ``[]``. Both see whole groups, and the whole
-update through the collective. NaN rewards enter no statistic and stay NaN.
+(reward, centred, trajectories) -> divisor, ``[B]`` or ``[]``. Both see whole groups. By keyword
+they get what they name: the whole update through ``collective``, and a scale the method's ``ddof``
+and ``eps``. NaN rewards enter no statistic and stay NaN.
 """
 
 from __future__ import annotations
@@ -90,27 +91,13 @@ def _remembered(history: Tensor | None, otherwise: Tensor, reward: Tensor) -> Te
     return torch.where(history.isnan(), fallback, history.to(reward.dtype))
 
 
-def no_scale(
-    reward: Tensor,
-    centred: Tensor,
-    trajectories: Trajectories,
-    *,
-    ddof: int,
-    eps: float,
-    collective: Collective = LOCAL,
-) -> Tensor:
+def no_scale(reward: Tensor, centred: Tensor, trajectories: Trajectories) -> Tensor:
     """1: no division (Dr. GRPO, arXiv:2503.20783)."""
     return torch.ones_like(reward)
 
 
 def group_scale(
-    reward: Tensor,
-    centred: Tensor,
-    trajectories: Trajectories,
-    *,
-    ddof: int,
-    eps: float,
-    collective: Collective = LOCAL,
+    reward: Tensor, centred: Tensor, trajectories: Trajectories, *, ddof: int, eps: float
 ) -> Tensor:
     """Standard deviation of the group's rewards, plus eps (GRPO)."""
     return group_std(reward, trajectories.group, ddof=ddof) + eps
@@ -160,13 +147,7 @@ def history_scale(
 
 
 def mean_scale(
-    reward: Tensor,
-    centred: Tensor,
-    trajectories: Trajectories,
-    *,
-    ddof: int,
-    eps: float,
-    collective: Collective = LOCAL,
+    reward: Tensor, centred: Tensor, trajectories: Trajectories, *, eps: float
 ) -> Tensor:
     """Mean reward of the group, plus eps: hard prompts count more (MaxRL).
 

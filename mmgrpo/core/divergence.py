@@ -29,6 +29,11 @@ def k3(log_prob: Tensor, other_log_prob: Tensor) -> Tensor:
     return torch.expm1(-difference) + difference
 
 
+def squared_gap(prediction: Tensor, other: Tensor) -> Tensor:
+    """(v - v')^2 of predictions ``[B, T, ...]``, the mean over the elements."""
+    return ((prediction - other) ** 2).flatten(2).mean(dim=2)
+
+
 def straight_through(value: Tensor, gradient: Tensor) -> Tensor:
     """Forward value of one estimator with the gradient of another."""
     return value.detach() + gradient - gradient.detach()

@@ -8,6 +8,8 @@ look diverse (a pitfall of DAPO's dynamic sampling).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -54,21 +56,42 @@ def prune_leaves(trajectories: Trajectories, score: Tensor, *, keep: float = 0.5
     Raises:
         ValueError: ``keep`` is not in (0, 1].
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1]; got {keep}.")
+    _check_share(keep)
     mask, advantage = trajectories.mask, trajectories.advantage
     if trajectories.node is None or advantage is None:
         return torch.ones_like(mask)
-    after = _after_last_split(trajectories)
+    kept = _ends(trajectories, advantage, lambda size: max(int(keep * size + 1e-9) // 2, 1))
+    return ~_after_last_split(trajectories) | kept[:, None]
+
+
+def best_and_worst(trajectories: Trajectories, score: Tensor, *, count: int = 4) -> Tensor:
+    """Keep the samples of a group with the highest and lowest advantages, ``count`` of each.
+
+    DanceGRPO's best-of-N for videos (arXiv:2505.07818): 24 are drawn, scored and compared, 8 are
+    trained.
+
+    Raises:
+        ValueError: ``count`` is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1; got {count}.")
+    if trajectories.advantage is None:
+        return torch.ones_like(trajectories.group, dtype=torch.bool)
+    return _ends(trajectories, trajectories.advantage, lambda size: count)
+
+
+def _ends(trajectories: Trajectories, advantage: Tensor, half: Callable[[int], int]) -> Tensor:
+    """``[B]`` bool: the ``half(n)`` best and worst of n samples of a group, by their advantage."""
+    mask = trajectories.mask
     last = mask.long().cumsum(dim=1).argmax(dim=1, keepdim=True)
     value = advantage.gather(1, last).squeeze(1)
     kept = torch.ones_like(trajectories.group, dtype=torch.bool)
     for group in torch.unique(trajectories.group):
         rows = ((trajectories.group == group) & mask.any(dim=1)).nonzero().squeeze(1)
-        half = max(int(keep * len(rows) + 1e-9) // 2, 1)
+        ends = half(len(rows))
         order = rows[value[rows].argsort(descending=True, stable=True)]
-        kept[order[half : max(len(rows) - half, half)]] = False
-    return ~after | kept[:, None]
+        kept[order[ends : max(len(rows) - ends, ends)]] = False
+    return kept
 
 
 def prune_steps(trajectories: Trajectories, score: Tensor, *, keep: float = 0.5) -> Tensor:
@@ -84,8 +107,7 @@ def prune_steps(trajectories: Trajectories, score: Tensor, *, keep: float = 0.5)
     Raises:
         ValueError: ``keep`` is not in (0, 1].
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1]; got {keep}.")
+    _check_share(keep)
     mask, advantage = trajectories.mask, trajectories.advantage
     if trajectories.node is None or advantage is None:
         return torch.ones_like(mask)
@@ -94,6 +116,11 @@ def prune_steps(trajectories: Trajectories, score: Tensor, *, keep: float = 0.5)
     rank = value.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     count = (keep * after.sum(dim=1, keepdim=True) - 1e-9).ceil()
     return ~after | (rank < count)
+
+
+def _check_share(keep: float) -> None:
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1]; got {keep}.")
 
 
 def _after_last_split(trajectories: Trajectories) -> Tensor:

@@ -29,6 +29,7 @@ class Decisions(NamedTuple):
         mask: ``[B, T]`` bool.
         group: ``[B]`` int64 (:data:`COUPLES_ROWS`: whole groups are in one call).
         pairs: ``[N, 2]`` int64 rows (preferred, rejected).
+        tokens: ``[B]``, see :class:`~mmgrpo.core.trajectories.Trajectories`.
     """
 
     log_ratio: Tensor
@@ -41,6 +42,7 @@ class Decisions(NamedTuple):
     mask: Tensor | None = None
     group: Tensor | None = None
     pairs: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 class Matching(NamedTuple):

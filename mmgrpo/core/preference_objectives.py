@@ -32,8 +32,8 @@ def preference(
         beta: strength of the hold to the reference, inverse nats.
         mean: s is the mean over a sample's decisions, not the sum.
         label_smoothing: probability that a label is wrong, below 1/2 (conservative DPO).
-        supervised: weight of minus the preferred sample's own log-probability, summed or averaged
-            like s.
+        supervised: weight of minus the preferred sample's own log-probability per token, the mean
+            over its decisions (divided by ``tokens`` where these are views of the whole sample).
 
     Raises:
         ValueError: an option out of its range, or no pairs.
@@ -45,7 +45,8 @@ def preference(
     valid = torch.ones_like(margin, dtype=torch.bool)
     loss = logistic(margin, label_smoothing)
     if supervised:
-        own = sequence_score(decisions.log_prob, _mask(decisions), mean=mean)
+        own = sequence_score(decisions.log_prob, _mask(decisions), mean=True)
+        own = own if decisions.tokens is None else own / decisions.tokens
         loss = loss - supervised * own[preferred][:, None]
     return _surrogate(loss, margin, decisions, valid=valid)
 

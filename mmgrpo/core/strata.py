@@ -9,7 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmgrpo.core.advantages import group_baseline, group_scale
-from mmgrpo.core.collective import LOCAL, Collective
 from mmgrpo.core.groups import group_index
 from mmgrpo.core.trajectories import Trajectories
 
@@ -20,18 +19,10 @@ def stratum_baseline(reward: Tensor, trajectories: Trajectories) -> Tensor:
 
 
 def stratum_scale(
-    reward: Tensor,
-    centred: Tensor,
-    trajectories: Trajectories,
-    *,
-    ddof: int,
-    eps: float,
-    collective: Collective = LOCAL,
+    reward: Tensor, centred: Tensor, trajectories: Trajectories, *, ddof: int, eps: float
 ) -> Tensor:
     """Standard deviation of the group's rewards within the stratum, plus eps."""
-    return group_scale(
-        reward, centred, by_stratum(trajectories), ddof=ddof, eps=eps, collective=collective
-    )
+    return group_scale(reward, centred, by_stratum(trajectories), ddof=ddof, eps=eps)
 
 
 def by_stratum(trajectories: Trajectories) -> Trajectories:

@@ -60,6 +60,7 @@ class Trajectories:
         stratum, variant: ``[B]`` int64 sub-groups.
         version: ``[B]`` int64 version of the weights that sampled.
         truncated: ``[B]`` bool, the sample was cut off by the length limit.
+        tokens: ``[B]`` tokens of the sample, where its decisions are not tokens but views of them.
         pairs: ``[N, 2]`` int64 rows (preferred, rejected).
         old_prediction, ref_prediction: ``[B, T, ...]`` parameters of the decision's distribution
             (a velocity for flow policies) under the sampling and the reference weights.
@@ -94,6 +95,7 @@ class Trajectories:
     variant: Tensor | None = None
     version: Tensor | None = None
     truncated: Tensor | None = None
+    tokens: Tensor | None = None
     pairs: Tensor | None = None
     old_prediction: Tensor | None = None
     ref_prediction: Tensor | None = None
@@ -216,7 +218,7 @@ _PER_DECISION = (
 )  # fmt: skip
 _PER_SAMPLE = (
     "reward", "baseline_reward", "history_mean", "history_std", "stratum", "variant", "version",
-    "truncated",
+    "truncated", "tokens",
 )  # fmt: skip
 _PER_ROW = ("group", "mask", *_PER_DECISION, *_PER_SAMPLE)
 _TENSORS = tuple(f.name for f in fields(Trajectories) if f.name not in ("rewards", "payload"))

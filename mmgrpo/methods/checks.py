@@ -189,6 +189,13 @@ def _regulariser(method: Method) -> Iterator[str]:
             f"regulariser.kl.target 'best' compares predictions; estimator '{options.estimator}' "
             "reads log-probabilities."
         )
+    if options.floor is not None and 0 < options.coefficient < options.floor:
+        yield (
+            f"regulariser.kl.floor is {options.floor}, above the coefficient "
+            f"{options.coefficient} that it grows to."
+        )
+    if method.regulariser.ref_velocity and not set(method.modalities) <= DENOISING:
+        yield "regulariser.ref_velocity is for denoisers: modalities must be of [image, video]."
     if options.gradient and options.gaussian:
         yield (
             f"regulariser.kl.gradient '{options.gradient}' has no effect with the divergence "

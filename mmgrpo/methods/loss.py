@@ -10,10 +10,12 @@ from torch import Tensor
 
 from mmgrpo.core import divergence
 from mmgrpo.core.aggregation import Denominators, denominators
+from mmgrpo.core.matching_objectives import optimality
 from mmgrpo.core.objectives import READS_MATCHING, READS_REFERENCE, Decisions, Matching
 from mmgrpo.core.ratios import READS_DIVERGENCE, log_ratio
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.methods.components import with_default
+from mmgrpo.methods.options import KlOptions
 from mmgrpo.protocols import Evaluation
 from mmgrpo.registry import resolve
 
@@ -82,6 +84,7 @@ def compute_loss(
             mask=mask,
             group=trajectories.group,
             pairs=trajectories.pairs,
+            tokens=trajectories.tokens,
         )
     )
     loss = surrogate.loss * _correction(method, old, trajectories)
@@ -108,7 +111,8 @@ def compute_loss(
 
 def _masked(x: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` with 0 where the mask is off, so that nothing there reaches loss or gradient."""
-    return torch.where(mask, x, torch.zeros_like(x)).to(dtype)
+    there = mask.reshape(*mask.shape, *(1,) * (x.dim() - mask.dim()))
+    return torch.where(there, x, torch.zeros_like(x)).to(dtype)
 
 
 def _from_old(
@@ -151,11 +155,7 @@ def _matching(
             raise ValueError(f"method {method.id} needs {name}")
     mask = trajectories.mask
     return Matching(
-        *(
-            torch.where(mask.reshape(*mask.shape, *(1,) * (value.dim() - 2)), value, 0.0)
-            for value in found.values()
-            if value is not None
-        )
+        *(_masked(value, mask, value.dtype) for value in found.values() if value is not None)
     )
 
 
@@ -196,7 +196,10 @@ def _regularise(
     metrics: dict[str, Tensor] = {}
     if options.kl.coefficient:
         metrics["kl"] = _kl(method, log_prob, trajectories, evaluation)
-        penalty = penalty + options.kl.coefficient * metrics["kl"]
+        penalty = penalty + _kl_coefficient(options.kl, trajectories) * metrics["kl"]
+    if options.ref_velocity:
+        metrics["ref_velocity"] = _velocity_gap(method, trajectories, evaluation)
+        penalty = penalty + options.ref_velocity * metrics["ref_velocity"]
     if options.drift:
         drift = divergence.drift(log_prob, log_ratio, cap=options.drift_cap)
         penalty = penalty + options.drift * drift
@@ -207,6 +210,29 @@ def _regularise(
             raise ValueError(f"method {method.id} needs evaluation.entropy")
         penalty = penalty - options.entropy * metrics["entropy"]
     return penalty, metrics
+
+
+def _kl_coefficient(options: KlOptions, trajectories: Trajectories) -> Tensor | float:
+    """The KL's coefficient, ``[B, T]`` where it grows with the advantage."""
+    if options.floor is None or trajectories.advantage is None:
+        return options.coefficient
+    advantage = trajectories.advantage
+    share = optimality(_masked(advantage, trajectories.mask, advantage.dtype), options.bound)
+    return options.floor + (options.coefficient - options.floor) * share
+
+
+def _velocity_gap(
+    method: Method, trajectories: Trajectories, evaluation: Evaluation | None
+) -> Tensor:
+    """``[B, T]`` squared distance from the reference's velocities."""
+    prediction = None if evaluation is None else evaluation.prediction
+    if prediction is None or trajectories.ref_prediction is None:
+        raise ValueError(
+            f"method {method.id} needs evaluation.prediction and trajectories.ref_prediction"
+        )
+    mask = trajectories.mask
+    ref = _masked(trajectories.ref_prediction, mask, prediction.dtype)
+    return divergence.squared_gap(_masked(prediction, mask, prediction.dtype), ref)
 
 
 def _controlled_entropy(

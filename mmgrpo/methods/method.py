@@ -157,6 +157,7 @@ class Method:
         penalty = self.regulariser.kl
         objective = self.component("objective")
         asked = {
+            "ref_prediction": bool(self.regulariser.ref_velocity),
             "ref_log_prob": bool(self.reward.kl) or objective in objectives.READS_REFERENCE,
             "old_prediction": self.reads_divergence or objective in objectives.READS_MATCHING,
             "whole_groups": objective in objectives.COUPLES_ROWS,
@@ -206,7 +207,8 @@ class Method:
         penalty = self.regulariser.kl
         plain = Request(
             entropy=self.reads_entropy,
-            prediction=self.component("objective") in objectives.READS_MATCHING,
+            prediction=self.component("objective") in objectives.READS_MATCHING
+            or bool(self.regulariser.ref_velocity),
         )
         if self.reads_divergence:
             return replace(plain, divergence="exact", divergence_target="old")

@@ -172,12 +172,17 @@ class KlOptions:
             the group's best sample (Gaussian estimators only; with ``velocity`` the supervised term
             of Dynamic-TreeRPO, arXiv:2509.23352).
         gradient: estimator whose gradient replaces the value's (straight-through).
+        floor: where given, the coefficient grows with how good the sample is, from this one at
+            an advantage of ``-bound`` to beta at ``bound`` (CRD, arXiv:2603.14128).
+        bound: see ``floor``.
     """
 
     estimator: Literal["k1", "k2", "k3", "exact", "code", "velocity", "mean"] = "k3"
     coefficient: NonNegative = 0.0
     target: Literal["ref", "old", "best"] = "ref"
     gradient: Literal["k1", "k2", "k3"] | None = None
+    floor: NonNegative | None = None
+    bound: Positive = 5.0
 
     @property
     def gaussian(self) -> bool:
@@ -222,6 +227,8 @@ class RegulariserOptions:
 
     Attributes:
         kl: see :class:`KlOptions`.
+        ref_velocity: coefficient of a second term beside ``kl``: (v - v_ref)^2, the mean over the
+            elements, to the reference's velocities (AWM, arXiv:2509.25050).
         drift: coefficient of the drift to the old policy.
         drift_cap: bound of the drift's ratio - 1.
         entropy: coefficient of the entropy bonus.
@@ -229,6 +236,7 @@ class RegulariserOptions:
     """
 
     kl: KlOptions = field(default_factory=KlOptions)
+    ref_velocity: NonNegative = 0.0
     drift: NonNegative = 0.0
     drift_cap: NonNegative = 2.0
     entropy: float = 0.0

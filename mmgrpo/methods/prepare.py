@@ -133,9 +133,8 @@ def _sample_advantage(
     reward = _shape(method, trajectories, reward)
     baseline = with_default(method.baseline, collective=collective)
     centred = reward - baseline(reward, trajectories)
-    advantage = centred / method.scale(
-        reward, centred, trajectories, ddof=options.ddof, eps=options.eps, collective=collective
-    )
+    scale = with_default(method.scale, ddof=options.ddof, eps=options.eps, collective=collective)
+    advantage = centred / scale(reward, centred, trajectories)
     if options.valid_group_factor is not None:
         advantage = advantage * valid_group_factor(
             reward, trajectories, cap=options.valid_group_factor, collective=collective

@@ -29,7 +29,7 @@ def flow_policy(own: Sequence[str], config: FlowConfig, folder: str, reference: 
         lora=lora_options(config),
         reference=reference,
         dtype=config.model.dtype,
-        gradient_checkpointing=config.model.gradient_checkpointing,
+        gradient_checkpointing=config.model.gradient_checkpointing is True,
         guidance_scale=config.rollout.guidance_scale,
         max_prompt_tokens=config.model.max_prompt_tokens,
         seed=config.seed,

@@ -19,7 +19,7 @@ def image_scales_policy(config: ImageScalesConfig, folder: str, reference: str) 
         lora=lora_options(config),
         reference=reference,
         dtype=config.model.dtype,
-        gradient_checkpointing=config.model.gradient_checkpointing,
+        gradient_checkpointing=config.model.gradient_checkpointing is True,
         seed=config.seed,
     )
     return policy

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+import json
+from pathlib import Path
 
 from mmgrpo.config.image_layout import read_layout
 from mmgrpo.config.token_schema import ImageTokensConfig
 from mmgrpo.methods import Method
 from mmgrpo.modalities.modality import Modality
-from mmgrpo.modalities.tokens import token_policy
+from mmgrpo.modalities.tokens import sampling_of, token_policy
 from mmgrpo.protocols import Policy, RolloutEngine
 from mmgrpo.registry import load_target
+
+PLAIN = "mmgrpo.policies.image_tokens:ImageTokenPolicy"
+FAMILIES = {"janus": "mmgrpo.policies.janus:JanusPolicy"}
+"""``model_type`` of models that draw through modules of their own -> their policy."""
+
+
+def image_token_policy(config: ImageTokensConfig, folder: str, reference: str) -> Policy:
+    """Load a language model over image codes, or a model of one of the families."""
+    file = Path(folder) / "config.json"
+    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else ""
+    return token_policy(FAMILIES.get(kind, PLAIN), ("plan_tokens",), config, folder, reference)
 
 
 def image_token_engine(
@@ -20,22 +31,13 @@ def image_token_engine(
     """The engine with the sampling settings of the mode."""
     del method  # fixes only the rollout of flows
     rollout = config.rollout
-    by_mode: dict[str, dict[str, Any]] = {
-        "train": {
-            "temperature": rollout.temperature,
-            "top_p": rollout.top_p,
-            "top_k": rollout.top_k,
-            "min_p": rollout.min_p,
-        },
-        "eval": {"temperature": config.eval.temperature},
-        "greedy": {"temperature": 0.0},
-    }
     engine: RolloutEngine = load_target("mmgrpo.rollout.image_tokens:ImageTokenEngine")(
         policy,
         ask_questions=rollout.ask_questions,
+        train_answers=rollout.train_answers and mode == "train",
         max_answer_tokens=rollout.max_answer_tokens,
         max_rows=config.speed.max_rows,
-        **by_mode[mode],
+        **sampling_of(config, mode),
     )
     return engine
 
@@ -45,7 +47,7 @@ def _length(config: ImageTokensConfig) -> int:
 
 
 IMAGE_TOKENS = Modality(
-    policy=partial(token_policy, "mmgrpo.policies.image_tokens:ImageTokenPolicy", ("plan_tokens",)),
+    policy=image_token_policy,
     engine=image_token_engine,
     libraries=("transformers", "diffusers"),
     length_limit=_length,

@@ -6,18 +6,24 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from mmgrpo.config.token_schema import TextConfig, VisionConfig
+from mmgrpo.config.token_schema import ImageTokensConfig, TextConfig, VisionConfig
 from mmgrpo.methods import Method
 from mmgrpo.modalities.modality import Modality, lora_options
 from mmgrpo.protocols import Policy, RolloutEngine
 from mmgrpo.registry import load_target
+from mmgrpo.trainer.batches import micro_batches
 
-SPEED = ("share_prompts", "head_tile_rows", "fast_decoding")
+SPEED = ("share_prompts", "pack", "head_tile_rows", "fast_decoding", "fast_layers")
 """Settings of ``speed`` that are the policy's, where the modality has them."""
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 
 def token_policy(
-    target: str, own: Sequence[str], config: TextConfig, folder: str, reference: str
+    target: str,
+    own: Sequence[str],
+    config: TextConfig | ImageTokensConfig,
+    folder: str,
+    reference: str,
 ) -> Policy:
     """Load the policy class ``target``; ``own`` names the model settings that only it has."""
     policy: Policy = load_target(target)(
@@ -25,7 +31,7 @@ def token_policy(
         lora=lora_options(config),
         reference=reference,
         dtype=config.model.dtype,
-        gradient_checkpointing=config.model.gradient_checkpointing,
+        gradient_checkpointing=config.model.gradient_checkpointing is True,
         attention=config.model.attention,
         max_prompt_tokens=config.model.max_prompt_tokens,
         seed=config.seed,
@@ -57,7 +63,11 @@ def vllm_engine(
         url=place.url,
         folder=place.folder,
         evaluate=mode == "train",
-        rows=config.trainer.micro_batch_size,
+        pieces=partial(
+            micro_batches,
+            size=config.trainer.micro_batch_size,
+            decisions=config.speed.micro_batch_decisions,
+        ),
         **sampling,
     )
     return engine
@@ -76,23 +86,24 @@ def vllm_model(config: TextConfig) -> dict[str, Any]:
 ENGINES = {"native": native_engine, "vllm": vllm_engine}
 
 
+def sampling_of(config: TextConfig | ImageTokensConfig, mode: str) -> dict[str, Any]:
+    """The settings of the softmax; only training filters what is drawn."""
+    rollout = config.rollout
+    by_mode: dict[str, dict[str, Any]] = {
+        "train": {name: getattr(rollout, name) for name in SAMPLING},
+        "eval": {"temperature": config.eval.temperature},
+        "greedy": {"temperature": 0.0},
+    }
+    return by_mode[mode]
+
+
 def token_engine(policy: Policy, config: TextConfig, method: Method, mode: str) -> RolloutEngine:
     """The engine with the sampling settings of the mode."""
     del method  # fixes only the rollout of flows
     rollout = config.rollout
-    by_mode: dict[str, dict[str, Any]] = {
-        "train": {
-            "temperature": rollout.temperature,
-            "top_p": rollout.top_p,
-            "top_k": rollout.top_k,
-            "min_p": rollout.min_p,
-        },
-        "eval": {"temperature": config.eval.temperature},
-        "greedy": {"temperature": 0.0},
-    }
     limits = {"max_new_tokens": rollout.max_new_tokens, "stop": tuple(rollout.stop)}
     build = ENGINES[rollout.engine.name]
-    return build(policy, config, mode, {**limits, **by_mode[mode]})
+    return build(policy, config, mode, {**limits, **sampling_of(config, mode)})
 
 
 def _text_prompts(config: TextConfig) -> dict[str, Any]:

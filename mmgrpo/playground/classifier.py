@@ -6,6 +6,7 @@ Both are ordinary ``transformers`` image-classification folders: a reward that l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from mmgrpo.playground.digits import Split, load_digits
 
 DIGIT_SIZE = 8
 INPUT_SIZE = 32  # a ResNet stem divides the resolution by four
+# Role, the digits it learns from, and what is added to the seed.
+_ROLES: tuple[tuple[str, Split, int], ...] = (("reward", "train", 0), ("judge", "judge", 1))
 
 
 def classifier_config() -> ResNetConfig:
@@ -122,6 +125,25 @@ def save_classifier(model: ResNetForImageClassification, folder: str | Path) -> 
         do_convert_rgb=True,
     )
     processor.save_pretrained(folder)
+
+
+def build_classifiers(out: Path, *, seed: int, steps: int, report: Callable[[str], None]) -> None:
+    """Trains the reward and the judge and writes ``reward_classifier/``, ``judge_classifier/``.
+
+    They learn from disjoint digits, so that a drawing that merely fools the reward does not also
+    convince the judge.
+
+    Args:
+        out: Where the two folders go.
+        seed: Fixes weights, batches and augmentation; the judge's differ from the reward's.
+        steps: Optimiser steps of each.
+        report: Receives a line of text for each.
+    """
+    for role, split, offset in _ROLES:
+        classifier = train_classifier(split, seed=seed + offset, steps=steps)
+        save_classifier(classifier, out / f"{role}_classifier")
+        accuracy = digit_accuracy(classifier, "eval")
+        report(f"{role} classifier: {accuracy:.3f} of unseen digits right")
 
 
 @torch.no_grad()

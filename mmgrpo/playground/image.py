@@ -9,7 +9,6 @@ is what reinforcement learning needs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,15 +17,14 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from mmgrpo.playground.classifier import digit_accuracy, save_classifier, train_classifier
-from mmgrpo.playground.digits import Split, load_digits
+from mmgrpo.playground.classifier import build_classifiers
+from mmgrpo.playground.digits import load_digits
 from mmgrpo.playground.flow_pretraining import Pretraining, Progress
 from mmgrpo.playground.image_model import build_pipeline
 from mmgrpo.playground.pretraining import train_transformer
+from mmgrpo.playground.sft import write_jsonl
 
 NUM_NUMBERS = 100
-# Role, the digits it learns from, and what is added to the seed.
-_CLASSIFIERS: tuple[tuple[str, Split, int], ...] = (("reward", "train", 0), ("judge", "judge", 1))
 
 
 def prompt_row(number: int) -> dict[str, object]:
@@ -120,8 +118,7 @@ def pretrain(
 
 def write_rows(path: Path, numbers: Iterable[int]) -> None:
     """Writes one JSON line per number."""
-    lines = [json.dumps(prompt_row(number)) for number in numbers]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_jsonl(path, map(prompt_row, numbers))
 
 
 def build_image(
@@ -148,14 +145,9 @@ def build_image(
     """
     report = progress or (lambda _: None)
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     write_rows(out / "train.jsonl", (n for n in range(NUM_NUMBERS) if not is_held_out(n)))
     write_rows(out / "eval.jsonl", (n for n in range(NUM_NUMBERS) if is_held_out(n)))
-    for role, split, offset in _CLASSIFIERS:
-        classifier = train_classifier(split, seed=seed + offset, steps=classifier_steps)
-        save_classifier(classifier, out / f"{role}_classifier")
-        accuracy = digit_accuracy(classifier, "eval")
-        report(f"{role} classifier: {accuracy:.3f} of unseen digits right")
+    build_classifiers(out, seed=seed, steps=classifier_steps, report=report)
     pipeline = build_pipeline(seed)
     pretrain(pipeline, pretraining or Pretraining(), seed=seed, progress=progress)
     pipeline.save_pretrained(out / "model")

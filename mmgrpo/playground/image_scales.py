@@ -118,7 +118,6 @@ def build_image_scales(
         settings: How far to train; the default takes some minutes.
     """
     settings, out = settings or Pretraining(), Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     write_rows(out / "train.jsonl", (n for n in range(NUM_NUMBERS) if not is_held_out(n)))
     write_rows(out / "eval.jsonl", (n for n in range(NUM_NUMBERS) if is_held_out(n)))
     book, generator = DigitBook(*load_digits("train")), torch.Generator().manual_seed(seed)

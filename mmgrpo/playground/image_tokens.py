@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from mmgrpo.config.image_layout import FILE, ImageLayout
 from mmgrpo.playground.digits import load_digits
@@ -32,13 +32,13 @@ from mmgrpo.playground.image import NUM_NUMBERS, DigitBook, is_held_out, prompt_
 from mmgrpo.playground.sft import (
     Progress,
     pad_demonstrations,
-    plain_sampling,
     save_model_folder,
     supervise,
     write_jsonl,
 )
 from mmgrpo.playground.tiny_vq import GRID, NUM_CODES, encode_codes, train_vq
 from mmgrpo.playground.tokenizer import build_tokenizer
+from mmgrpo.playground.untrained import untrained_decoder
 
 MARKERS = ("<|begin_of_image|>", "<|end_of_image|>", "<|plan|>")
 QUESTIONS = ("number", "left", "right")
@@ -101,24 +101,14 @@ def build_vocabulary() -> tuple[PreTrainedTokenizerFast, ImageLayout]:
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
     """Makes an untrained three-layer Qwen2 of about 0.6 million parameters."""
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
+    return untrained_decoder(
+        Qwen2ForCausalLM,
+        tokenizer,
+        seed,
         intermediate_size=320,
-        num_hidden_layers=3,
-        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
-    model.generation_config = plain_sampling(tokenizer)
-    return model
 
 
 class Teacher:

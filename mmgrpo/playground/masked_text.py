@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mmgrpo.playground.sft import (
     Progress,
-    plain_sampling,
     save_model_folder,
     supervise,
     write_jsonl,
 )
 from mmgrpo.playground.tokenizer import build_tokenizer
+from mmgrpo.playground.untrained import untrained_decoder
 
 MASK_TOKEN = "<|mask|>"
 RESPONSE = 4
@@ -85,24 +85,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """An untrained Llama of three layers."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
+    return untrained_decoder(
+        LlamaForCausalLM,
+        tokenizer,
+        seed,
         intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    model.generation_config = plain_sampling(tokenizer)
-    return model
 
 
 def train_model(

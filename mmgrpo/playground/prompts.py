@@ -77,28 +77,41 @@ def ocr() -> Iterator[Row]:
 
 
 def geneval() -> Iterator[Row]:
-    """The six kinds of GenEval (arXiv:2310.11513), with ``include``, ``exclude`` and ``tag``."""
+    """The six kinds of GenEval (arXiv:2310.11513), with ``include``, ``exclude`` and ``tag``.
+
+    In ``questions``, what a generator may be asked about its picture, and the answers (UniRL,
+    arXiv:2505.23380, takes the same six kinds).
+    """
     for one in OBJECTS:
-        yield _scene("single_object", _article(one), [_thing(one)])
+        yield _scene("single_object", _article(one), [_thing(one)], ["What is this?", one])
         for number, word in NUMBERS.items():
-            row = _scene("counting", f"{word} {_plural(one)}", [_thing(one, count=number)])
+            many = _plural(one)
+            asked = [f"How many {many} are there?", word]
+            row = _scene("counting", f"{word} {many}", [_thing(one, count=number)], asked)
             yield {**row, "exclude": [{"class": one, "count": number + 1}]}
         for colour in COLOURS:
             if colour != one:
-                yield _scene("colors", _article(f"{colour} {one}"), [_thing(one, color=colour)])
+                thing = _thing(one, color=colour)
+                words = _article(f"{colour} {one}")
+                yield _scene("colors", words, [thing], _colour_of(one, colour))
     for place, one in enumerate(OBJECTS):
         for step in (3, 7, 11):
             other = OBJECTS[(place + step) % len(OBJECTS)]
             things = [_thing(one), _thing(other)]
             both = f"{_article(one)} and {_article(other)}"
-            yield _scene("two_object", both, things)
+            pairs = ((one, other), (other, one))
+            asked = [[f"What is there beside the {a}?", b] for a, b in pairs]
+            yield _scene("two_object", both, things, *asked)
             where = PLACES[(place + step) % len(PLACES)]
             placed = [_thing(other), _thing(one, position=[where, 0])]
-            yield _scene("position", f"{_article(one)} {where} {_article(other)}", placed)
+            asked = [[f"Where is the {one}: {', '.join(PLACES)} the {other}?", where]]
+            words = f"{_article(one)} {where} {_article(other)}"
+            yield _scene("position", words, placed, *asked)
             first, second = COLOURS[place % 10], COLOURS[(place + step) % 10]
             worded = f"{_article(f'{first} {one}')} and {_article(f'{second} {other}')}"
             coloured = [_thing(one, color=first), _thing(other, color=second)]
-            yield _scene("color_attr", worded, coloured)
+            asked = [_colour_of(one, first), _colour_of(other, second)]
+            yield _scene("color_attr", worded, coloured, *asked)
 
 
 def scenes() -> Iterator[Row]:
@@ -113,8 +126,13 @@ SETS: dict[str, Callable[[], Iterator[Row]]] = {"ocr": ocr, "geneval": geneval, 
 """Name -> all rows of the set."""
 
 
-def _scene(tag: str, words: str, include: list[Row]) -> Row:
-    return {"prompt": f"a photo of {words}", "tag": tag, "include": include, "exclude": None}
+def _scene(tag: str, words: str, include: list[Row], *questions: list[str]) -> Row:
+    row = {"prompt": f"a photo of {words}", "tag": tag, "include": include, "exclude": None}
+    return {**row, "questions": [*questions]}
+
+
+def _colour_of(name: str, colour: str) -> list[str]:
+    return [f"What colour is the {name}?", colour]
 
 
 def _thing(name: str, count: int = 1, **more: Any) -> Row:

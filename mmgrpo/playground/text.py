@@ -21,17 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from mmgrpo.playground.sft import (
     Progress,
     pad_demonstrations,
-    plain_sampling,
     save_model_folder,
     supervise,
     write_jsonl,
 )
 from mmgrpo.playground.tokenizer import build_tokenizer
+from mmgrpo.playground.untrained import untrained_decoder
 
 NUM_TRAIN = 4096
 NUM_EVAL = 256
@@ -129,24 +129,14 @@ def to_row(problem: Sum) -> dict[str, object]:
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
     """Makes an untrained three-layer Qwen2 of about 0.6 million parameters."""
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
+    return untrained_decoder(
+        Qwen2ForCausalLM,
+        tokenizer,
+        seed,
         intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
-    model.generation_config = plain_sampling(tokenizer)
-    return model
 
 
 def train_model(

@@ -8,21 +8,14 @@ prompt said.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
-from mmgrpo.playground.classifier import (
-    DIGIT_SIZE,
-    digit_accuracy,
-    save_classifier,
-    train_classifier,
-)
-from mmgrpo.playground.digits import Split, load_digits
+from mmgrpo.playground.classifier import DIGIT_SIZE, build_classifiers
+from mmgrpo.playground.digits import load_digits
 from mmgrpo.playground.flow_pretraining import (
     Pretraining,
     Progress,
@@ -31,6 +24,7 @@ from mmgrpo.playground.flow_pretraining import (
     mislabel,
 )
 from mmgrpo.playground.image import DigitBook
+from mmgrpo.playground.sft import write_jsonl
 from mmgrpo.playground.video_model import (
     DIRECTIONS,
     LATENT_MEAN,
@@ -48,8 +42,6 @@ MOTIONS: list[Motion] = [(digit, way) for digit in range(10) for way in DIRECTIO
 VIDEO_PRETRAINING = Pretraining(steps=1000, padded_every=None)
 _EMPTY_PROMPT = len(MOTIONS)  # index of the empty prompt in ``all_prompts``
 _MARGIN = SIZE - DIGIT_SIZE
-# Role, the digits it learns from, and what is added to the seed.
-_CLASSIFIERS: tuple[tuple[str, Split, int], ...] = (("reward", "train", 0), ("judge", "judge", 1))
 
 
 def prompt_row(motion: Motion) -> dict[str, object]:
@@ -137,12 +129,6 @@ def pretrain(
     fit(pipeline.transformer, loss, settings, progress=progress, name="video")
 
 
-def write_rows(path: Path, motions: Iterable[Motion]) -> None:
-    """Writes one JSON line per motion."""
-    lines = [json.dumps(prompt_row(motion)) for motion in motions]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def build_video(
     out_dir: str | Path,
     *,
@@ -165,14 +151,9 @@ def build_video(
     """
     report = progress or (lambda _: None)
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    write_rows(out / "train.jsonl", (motion for motion in MOTIONS if not is_held_out(motion)))
-    write_rows(out / "eval.jsonl", (motion for motion in MOTIONS if is_held_out(motion)))
-    for role, split, offset in _CLASSIFIERS:
-        classifier = train_classifier(split, seed=seed + offset, steps=classifier_steps)
-        save_classifier(classifier, out / f"{role}_classifier")
-        accuracy = digit_accuracy(classifier, "eval")
-        report(f"{role} classifier: {accuracy:.3f} of unseen digits right")
+    write_jsonl(out / "train.jsonl", (prompt_row(m) for m in MOTIONS if not is_held_out(m)))
+    write_jsonl(out / "eval.jsonl", (prompt_row(m) for m in MOTIONS if is_held_out(m)))
+    build_classifiers(out, seed=seed, steps=classifier_steps, report=report)
     pipeline = build_pipeline(seed)
     pretrain(pipeline, pretraining or VIDEO_PRETRAINING, seed=seed, progress=progress)
     pipeline.save_pretrained(out / "model")

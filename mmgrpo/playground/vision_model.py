@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from transformers import (
     PaddleOCRVLProcessor,
     PreTrainedTokenizerFast,
@@ -12,8 +11,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mmgrpo.playground.scenes import PATCH, SMALL_CANVAS, WIDE_CANVAS
-from mmgrpo.playground.sft import plain_sampling
 from mmgrpo.playground.tokenizer import build_tokenizer
+from mmgrpo.playground.untrained import untrained
 
 
 def build_processor() -> PaddleOCRVLProcessor:
@@ -89,8 +88,4 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2VLForCond
         vision_end_token_id=token_id("<|vision_end|>"),
         tie_word_embeddings=True,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(config)
-    model.generation_config = plain_sampling(tokenizer)
-    return model
+    return untrained(Qwen2VLForConditionalGeneration, config, tokenizer, seed)

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmgrpo.errors import DataError, ModelError
 from mmgrpo.policies.adapters import add_lora, has_adapter, make_reference
 from mmgrpo.policies.loading import first_line, load_model, load_tokenizer, parse_dtype
+from mmgrpo.policies.saved_weights import load_saved
 from mmgrpo.policies.token_evaluator import TokenEvaluator
 from mmgrpo.policies.token_logits import entropy, log_distribution
 from mmgrpo.policies.token_payload import EncodedPrompt, TokenPayload, TokenPrompts
@@ -27,9 +28,13 @@ class AutoregressivePolicy(TokenEvaluator):
     of the softmax of ``logits / temperature`` in float32; the temperature belongs to the sampled
     rows (``TokenPayload.temperature``), so engines with different temperatures share a policy.
     Dropout is off always.
+
+    Attributes:
+        longest_prompt: tokens of the longest prompt that :meth:`check` has seen.
     """
 
     modality = "text"
+    longest_prompt = 0
     ratio_tolerance: Mapping[str, float] = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
 
     def __init__(  # noqa: PLR0913 - each names one choice
@@ -45,7 +50,9 @@ class AutoregressivePolicy(TokenEvaluator):
         max_prompt_tokens: int | None = None,
         head_tile_rows: int | None = None,
         share_prompts: bool = True,
+        pack: bool = True,
         fast_decoding: bool = True,
+        fast_layers: bool = True,
         seed: int = 0,
     ) -> None:
         """Load the model and choose what trains.
@@ -57,15 +64,18 @@ class AutoregressivePolicy(TokenEvaluator):
             reference_decay: decay per update of an ``ema`` reference.
             dtype: dtype of the weights; adapters and the softmax are float32 always.
             gradient_checkpointing: compute activations again in the backward pass; prompts are
-                then read once per completion.
+                then read once per completion, except in packed rows.
             attention: attention implementation of transformers.
             max_prompt_tokens: a longer prompt is an error; None leaves what the model's context
                 has beside the completion.
             head_tile_rows: positions to which an evaluation applies the output head at a time, so
                 that the logits of all never exist together; None: by their size; 0: all at once.
             share_prompts: evaluate each prompt once for its group; False: once per completion.
+            pack: evaluate them and their completions as one row without padding, where all layers
+                attend to all tokens before; only with shared prompts.
             fast_decoding: sample without what transformers does around the layers in every step,
                 where the model's layers are known.
+            fast_layers: compute float32 layers on a CPU in fewer and faster steps.
             seed: seed of the adapter's initial weights.
 
         Raises:
@@ -92,7 +102,9 @@ class AutoregressivePolicy(TokenEvaluator):
             checkpointing=gradient_checkpointing,
             head_tile_rows=head_tile_rows,
             share_prompts=share_prompts,
+            pack=pack,
             fast_decoding=fast_decoding,
+            fast_layers=fast_layers,
         )
         self._reference = make_reference(reference, network, decay=reference_decay)
         self.reference_weights: Weights = self._reference
@@ -159,7 +171,9 @@ class AutoregressivePolicy(TokenEvaluator):
             room: how many tokens each must leave in the model's context.
         """
         for prompt in prompts:
-            self._check_length(prompt, self._count_tokens(prompt), room)
+            count = self._count_tokens(prompt)
+            self._check_length(prompt, count, room)
+            self.longest_prompt = max(self.longest_prompt, count)
 
     def _count_tokens(self, prompt: Prompt) -> int:
         return len(self._encode(prompt).ids)
@@ -210,9 +224,9 @@ class AutoregressivePolicy(TokenEvaluator):
         """Return the ``[R, V]`` float32 log-probabilities of the next token, in nats."""
         return log_distribution(logits, temperature, self.forbidden)
 
-    def entropy(self, log_p: Tensor) -> Tensor:
-        """Return the ``[R]`` entropy of ``[R, V]`` log-probabilities, in nats."""
-        return entropy(log_p)
+    def entropy(self, log_p: Tensor, probs: Tensor) -> Tensor:
+        """Return the ``[R]`` entropy of ``[R, V]`` (log-)probabilities, in nats."""
+        return entropy(log_p, probs)
 
     def payload(
         self, prompts: TokenPrompts, prompt_row: Tensor, ids: Tensor, temperature: float
@@ -245,23 +259,7 @@ class AutoregressivePolicy(TokenEvaluator):
         Raises:
             ModelError: the folder is missing, or holds weights that do not fit.
         """
-        if not Path(directory).is_dir():
-            raise ModelError(f"The folder {directory} with the saved weights does not exist.")
-        load = self._load_adapter if has_adapter(self._saved) else self._load_weights
-        try:
-            load(directory)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(
-                f"The weights in {directory} do not fit this model: {first_line(error)}"
-            ) from error
-
-    def _load_adapter(self, directory: Path) -> None:
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        weights = load_peft_weights(str(directory), device=str(self.device))
-        result = set_peft_model_state_dict(self._saved, weights)
-        if result.unexpected_keys:
-            raise ValueError(f"'{result.unexpected_keys[0]}' is not in the model")
+        load_saved(self._saved, Path(directory), self._load_weights)
 
     def _load_weights(self, directory: Path) -> None:
         loaded = type(self.model).from_pretrained(directory, dtype=self.model.dtype)

@@ -31,6 +31,8 @@ class SelectiveHead:
     def keeping(self, keep: Tensor | None, *, withhold: bool = False) -> Iterator[None]:
         """Within the context, logits are ``[1, N, V]``, of the N positions in ``keep [B, L]``.
 
+        Where B is 1, ``keep`` may be ``[N]`` int64 positions, see :func:`kept`.
+
         With ``withhold`` they are ``[1, 0, V]``, and :meth:`take_hidden` returns what was kept.
         """
         self._keep, self._withhold = keep, withhold
@@ -49,10 +51,20 @@ class SelectiveHead:
     def _gather(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._keep is None:
             return None
-        kept = args[0][self._keep][None]
+        hidden = kept(args[0], self._keep)[None]
         if self._withhold:
-            self._hidden, kept = kept[0], kept[:, :0]
-        return (kept, *args[1:])
+            self._hidden, hidden = hidden[0], hidden[:, :0]
+        return (hidden, *args[1:])
+
+
+def kept(states: Tensor, keep: Tensor) -> Tensor:
+    """Return ``[N, D]`` of ``[B, L, D]``.
+
+    Args:
+        states: ``[B, L, D]``.
+        keep: ``[B, L]`` bool; or, where B is 1, ``[N]`` int64 positions, repeats allowed.
+    """
+    return states[keep] if keep.dtype == torch.bool else states[0, keep]
 
 
 class Forward(Protocol):

@@ -256,7 +256,9 @@ class FlowPolicy:
         """Velocity ``[N, ...]`` at the state of each decision."""
         payload: FlowPayload = trajectories.payload
         first, index = payload.distinct(rows, steps)
-        rows, steps = rows[first], steps[first]
+        shared = len(first) < len(index)
+        if shared:
+            rows, steps = rows[first], steps[first]
         size = self.max_decisions or len(rows)
         parts = [
             self.velocity(
@@ -264,7 +266,8 @@ class FlowPolicy:
             )
             for row, step in zip(rows.split(size), steps.split(size), strict=True)
         ]
-        return torch.cat(parts)[index]
+        velocity = torch.cat(parts)
+        return velocity[index] if shared else velocity
 
     @property
     def has_reference(self) -> bool:

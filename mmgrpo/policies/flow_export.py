@@ -10,9 +10,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmgrpo.errors import ModelError
 from mmgrpo.policies.adapters import has_adapter
-from mmgrpo.policies.loading import first_line
+from mmgrpo.policies.saved_weights import load_saved
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -66,29 +65,10 @@ def load_weights(network: nn.Module, directory: Path, *, denoiser: str) -> None:
     Raises:
         ModelError: the folder is missing, or holds weights that do not fit.
     """
-    if not directory.is_dir():
-        raise ModelError(f"The folder {directory} with the saved weights does not exist.")
-    load = _load_adapter if has_adapter(network) else _load_whole
-    try:
-        load(network, directory, denoiser)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"The weights in {directory} do not fit this model: {first_line(error)}"
-        ) from error
+    load_saved(network, directory, partial(_load_all, network, denoiser))
 
 
-def _load_adapter(network: nn.Module, directory: Path, denoiser: str) -> None:
-    del denoiser
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    device = next(network.parameters()).device
-    weights = load_peft_weights(str(directory), device=str(device))
-    result = set_peft_model_state_dict(network, weights)
-    if result.unexpected_keys:
-        raise ValueError(f"'{result.unexpected_keys[0]}' is not in the model")
-
-
-def _load_whole(network: nn.Module, directory: Path, denoiser: str) -> None:
+def _load_all(network: nn.Module, denoiser: str, directory: Path) -> None:
     loaded = type(network).from_pretrained(  # type: ignore[attr-defined]
         directory, subfolder=denoiser, dtype=next(network.parameters()).dtype
     )

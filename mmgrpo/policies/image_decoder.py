@@ -55,16 +55,17 @@ def check_decoder(decoder: Any, layout: ImageLayout) -> None:
 
 @torch.no_grad()
 def decode_images(decoder: Any, codes: Tensor, grid: list[int]) -> list[Image.Image]:
-    """Decode ``[B, rows * columns]`` codes into RGB pictures.
-
-    The decoder's output in [-1, 1] becomes 8-bit colours.
-    """
+    """Decode ``[B, rows * columns]`` codes into RGB pictures."""
     images: list[Image.Image] = []
     for part in codes.split(BATCH):
         shape = (len(part), *grid, decoder.quantize.vq_embed_dim)
         entries = decoder.quantize.get_codebook_entry(part.flatten(), shape)
         spatial = entries if decoder.config.norm_type == "spatial" else None
-        pixels = decoder.decoder(decoder.post_quant_conv(entries), spatial)
-        pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        images += [Image.fromarray(row) for row in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+        images += to_images(decoder.decoder(decoder.post_quant_conv(entries), spatial))
     return images
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """Turn ``[B, 3, H, W]`` colours in [-1, 1] into 8-bit RGB pictures."""
+    pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(row) for row in pixels.permute(0, 2, 3, 1).cpu().numpy()]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mmgrpo.core.seeding import mix_seed
+from mmgrpo.core.trajectories import Trajectories
+from mmgrpo.policies.answered_payload import AnswerPayload, with_answers
 from mmgrpo.policies.image_grammar import Kind
 from mmgrpo.policies.token_payload import EncodedPrompt, TokenPrompts
 from mmgrpo.protocols import Prompt
@@ -34,20 +37,25 @@ class AnsweringView:
     def __init__(self, policy: ImageTokenPolicy) -> None:
         self.policy = policy
 
-    def ask(self, ids: Tensor, questions: Sequence[Sequence[str]]) -> list[Question]:
+    def ask(
+        self, ids: Tensor, questions: Sequence[Sequence[str]], names: Sequence[tuple[int, ...]]
+    ) -> list[Question]:
         """Return every question about the picture of its row, in order.
 
         Args:
             ids: ``[B, T]`` complete samples.
             questions: for each of the B rows.
+            names: of the rows; what is drawn for a question depends on its row's name and its
+                number.
         """
         layout = self.policy.layout
-        codes = self.policy.grammar.codes(ids) + layout.code_offset
-        pairs = zip(codes.tolist(), questions, strict=True)
-        asked = [(row, question) for row, several in pairs for question in several]
+        codes = (self.policy.grammar.codes(ids) + layout.code_offset).tolist()
         return [
-            Question(index, question, picture=(layout.begin_id, *row, layout.end_id))
-            for index, (row, question) in enumerate(asked)
+            Question(
+                mix_seed(*name, number), question, picture=(layout.begin_id, *row, layout.end_id)
+            )
+            for row, name, several in zip(codes, names, questions, strict=True)
+            for number, question in enumerate(several)
         ]
 
     @property
@@ -92,16 +100,29 @@ class AnsweringView:
         kinds = torch.full(logits.shape[:1], int(Kind.ANSWER), device=logits.device)
         return self.policy.kind_distribution(logits, temperature, kinds)
 
-    def entropy(self, log_p: Tensor) -> Tensor:
+    def entropy(self, log_p: Tensor, probs: Tensor) -> Tensor:
         """Return the ``[R]`` entropy of ``[R, V]`` log-probabilities."""
-        return self.policy.entropy(log_p)
+        return self.policy.entropy(log_p, probs)
 
     def payload(
         self, prompts: TokenPrompts, prompt_row: Tensor, ids: Tensor, temperature: float
     ) -> Any:
         """Bind answers to their questions."""
-        return self.policy.payload(prompts, prompt_row, ids, temperature)
+        payload = self.policy.payload(prompts, prompt_row, ids, temperature)
+        return AnswerPayload(*(getattr(payload, field.name) for field in fields(payload)))
 
     def decode(self, ids: Sequence[Sequence[int]], *, special: bool = False) -> list[str]:
         """Turn tokens into text."""
         return self.policy.decode(ids, special=special)
+
+    def bind(
+        self,
+        drawn: Trajectories,
+        answered: Trajectories,
+        counts: Sequence[int],
+        *,
+        width: int,
+        room: int,
+    ) -> Trajectories:
+        """Let the answers be decisions of the pictures' rows; see :func:`with_answers`."""
+        return with_answers(drawn, answered, counts, width=width, room=room)

@@ -12,14 +12,15 @@ from PIL import Image
 from torch import Tensor
 
 from mmgrpo.core.trajectories import Trajectories
-from mmgrpo.errors import DataError, MethodError, ModelError, nearest
+from mmgrpo.errors import DataError, nearest
 from mmgrpo.policies.adapters import add_lora, has_adapter, make_reference
-from mmgrpo.policies.loading import first_line, parse_dtype
+from mmgrpo.policies.loading import parse_dtype
+from mmgrpo.policies.saved_weights import load_saved
 from mmgrpo.policies.scale_model import ScaleModel
 from mmgrpo.policies.scale_quantiser import ScaleQuantiser
-from mmgrpo.policies.token_evaluator import PLAIN_REQUEST
 from mmgrpo.policies.token_logits import log_distribution, read_tokens
 from mmgrpo.policies.token_payload import EncodedPrompt, TokenPayload, TokenPrompts
+from mmgrpo.policies.used_decisions import PLAIN_REQUEST, refuse_predictions
 from mmgrpo.protocols import Evaluation, Prompt, Request, Weights
 
 BATCH = 64
@@ -187,25 +188,16 @@ class ImageScalesPolicy:
         Raises:
             MethodError: a divergence or a prediction is requested.
         """
-        if request.divergence or request.prediction:
-            raise MethodError(
-                "A token policy stores no predictions to measure a divergence from; estimate the "
-                "KL from log-probabilities (k1, k2 or k3)."
-            )
+        refuse_predictions(request)
         mask = trajectories.mask
         wanted = mask.clone()
         wanted[0, 0] |= ~mask.any()  # the network runs even if nothing counts
         rows = wanted.any(dim=1).nonzero().squeeze(1)
         payload, keep = trajectories.payload.select(rows), wanted[rows]
-        codes = payload.completion_ids
-        logits = self.logits(payload.prompts, payload.prompt_row, codes)
-        reading = read_tokens(
-            logits[keep],
-            codes[keep],
-            payload.temperature[:, None].expand_as(keep)[keep],
-            codes.new_zeros(0),
-            with_entropy=request.entropy,
-        )
+        logits = self.logits(payload.prompts, payload.prompt_row, payload.completion_ids)
+        ids, temperature = payload.at(keep, 0)
+        nothing = ids.new_zeros(0)
+        reading = read_tokens(logits[keep], ids, temperature, nothing, with_entropy=request.entropy)
 
         def place(values: Tensor) -> Tensor:
             blank = values.new_zeros(mask.shape)
@@ -238,21 +230,7 @@ class ImageScalesPolicy:
         Raises:
             ModelError: the folder is missing, or holds weights that do not fit.
         """
-        load = self._load_adapter if has_adapter(self._saved) else self._load_weights
-        try:
-            load(directory)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(
-                f"The weights in {directory} do not fit this model: {first_line(error)}"
-            ) from error
-
-    def _load_adapter(self, directory: Path) -> None:
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        weights = load_peft_weights(str(directory), device=str(self.device))
-        result = set_peft_model_state_dict(self._saved, weights)
-        if result.unexpected_keys:
-            raise ValueError(f"'{result.unexpected_keys[0]}' is not in the model")
+        load_saved(self._saved, Path(directory), self._load_weights)
 
     def _load_weights(self, directory: Path) -> None:
         loaded = ScaleModel.from_pretrained(directory)

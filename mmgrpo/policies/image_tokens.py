@@ -12,15 +12,24 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmgrpo.config.image_layout import FILE, ImageLayout, read_layout
+from mmgrpo.config.image_layout import ImageLayout, read_layout
+from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import ModelError
+from mmgrpo.policies.answered_payload import AnsweredPayload, AnswerPayload
 from mmgrpo.policies.autoregressive import AutoregressivePolicy
 from mmgrpo.policies.image_decoder import FOLDER, check_decoder, decode_images, load_decoder
 from mmgrpo.policies.image_grammar import ImageGrammar, Kind
 from mmgrpo.policies.image_questions import AnsweringView
-from mmgrpo.policies.token_logits import TILE_ELEMENTS, TokenReading, read_hidden, read_tokens
+from mmgrpo.policies.token_logits import (
+    TILE_ELEMENTS,
+    Head,
+    TokenReading,
+    read_hidden,
+    read_tokens,
+)
 from mmgrpo.policies.token_payload import EncodedPrompt, TokenPayload
-from mmgrpo.protocols import Prompt
+from mmgrpo.policies.used_decisions import PLAIN_REQUEST
+from mmgrpo.protocols import Evaluation, Prompt, Request
 
 
 @dataclass(frozen=True)
@@ -57,12 +66,9 @@ class ImageTokenPolicy(AutoregressivePolicy):
             ModelError: something is missing in the folder, or its parts do not fit.
             ConfigError: an option that does not fit.
         """
-        if isinstance(source, Parts):
-            self.layout, self.decoder = source.layout.with_plan(plan_tokens), source.decoder
-        else:
-            self.layout = read_layout(source).with_plan(plan_tokens)
-            self.decoder = load_decoder(source)
-        check_decoder(self.decoder, self.layout)
+        layout = source.layout if isinstance(source, Parts) else read_layout(source)
+        self.layout = layout.with_plan(plan_tokens)
+        self.decoder = self._open_decoder(source)
         super().__init__(
             (source.model, source.tokenizer) if isinstance(source, Parts) else source, **options
         )
@@ -72,14 +78,25 @@ class ImageTokenPolicy(AutoregressivePolicy):
                 f"{self.context} must also hold the prompt."
             )
 
+    def _open_decoder(self, source: str | Path | Parts) -> Any:
+        """Return what turns codes into pictures."""
+        decoder = source.decoder if isinstance(source, Parts) else load_decoder(source)
+        check_decoder(decoder, self.layout)
+        return decoder
+
     # -- tokens -----------------------------------------------------------------------------------
+
+    @property
+    def _size(self) -> int:
+        """Tokens of the vocabulary, codes among them."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     @cached_property
     def _tables(self) -> ImageGrammar:
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         return ImageGrammar(
             self.layout,
-            size=self.model.get_input_embeddings().weight.shape[0],
+            size=self._size,
             ordinary=(i for i in range(len(self.tokenizer)) if i not in special),
             end_ids=self.answer_end_ids,
         )
@@ -134,6 +151,18 @@ class ImageTokenPolicy(AutoregressivePolicy):
 
     # -- evaluation -------------------------------------------------------------------------------
 
+    def evaluate(self, trajectories: Trajectories, request: Request = PLAIN_REQUEST) -> Evaluation:
+        """Evaluate the decisions in pictures, and those in answers where these are decisions.
+
+        Raises:
+            MethodError: a divergence or a prediction is requested.
+        """
+        payload, evaluate = trajectories.payload, super().evaluate
+        if not isinstance(payload, AnsweredPayload):
+            return evaluate(trajectories, request)
+        drawn, answered = (evaluate(part, request) for part in payload.split(trajectories))
+        return payload.joined(drawn, answered, trajectories.mask.shape[1])
+
     def _read_kept(
         self,
         states: Tensor,
@@ -144,10 +173,8 @@ class ImageTokenPolicy(AutoregressivePolicy):
         tiled: bool,
     ) -> TokenReading:
         """Read the kept positions, those of each kind by themselves."""
-        place = torch.arange(keep.shape[1], device=keep.device) + start
-        kinds = self.kinds(payload.completion_ids, place)[keep]
-        ids = payload.completion_ids[:, start : start + keep.shape[1]][keep]
-        temperature = payload.temperature[:, None].expand_as(keep)[keep]
+        kinds = self._kinds_kept(payload, keep, start)
+        ids, temperature = payload.at(keep, start)
         log_prob = torch.zeros(ids.shape, device=ids.device)
         entropies = log_prob if entropy else None
         for kind in torch.unique(kinds).tolist():
@@ -159,6 +186,13 @@ class ImageTokenPolicy(AutoregressivePolicy):
                 entropies = entropies.index_put((rows,), reading.entropy)
         return TokenReading(log_prob, entropies)
 
+    def _kinds_kept(self, payload: TokenPayload, keep: Tensor, start: int) -> Tensor:
+        """``[N]`` what the kept positions are for."""
+        if isinstance(payload, AnswerPayload):
+            return torch.full_like(payload.completion_ids[:, :1], Kind.ANSWER).expand_as(keep)[keep]
+        place = torch.arange(keep.shape[1], device=keep.device) + start
+        return self.kinds(payload.completion_ids, place)[keep]
+
     def _kind_reader(self, kind: int, tiled: bool) -> Callable[..., TokenReading]:
         """What reads tokens of a kind: the softmax over the tokens it allows."""
         forbidden = self.grammar.forbidden[kind]
@@ -166,14 +200,27 @@ class ImageTokenPolicy(AutoregressivePolicy):
             return partial(read_tokens, forbidden=forbidden)
         head = self.model.get_output_embeddings()
         rows = self._tile_rows or max(1, TILE_ELEMENTS // self.grammar.allowed.shape[1])
-        if kind == Kind.IMAGE and type(head) is nn.Linear:
-            return partial(self._read_codes, head, rows)
+        of_codes = self._code_head(head) if kind == Kind.IMAGE else None
+        if of_codes is not None:
+            return partial(self._read_codes, of_codes, rows)
         whole = partial(_finished, head, self._finish)
         return partial(read_hidden, forbidden=forbidden, head=whole, rows=rows)
 
+    def _code_head(self, head: nn.Module) -> Head | None:
+        """That part of the output head which is the codes', where it can be told."""
+        if type(head) is not nn.Linear:
+            return None
+        rows = slice(self.layout.code_offset, self.layout.code_offset + self.layout.num_codes)
+
+        def of_codes(hidden: Tensor) -> Tensor:
+            bias = None if head.bias is None else head.bias[rows]
+            return nn.functional.linear(hidden, head.weight[rows], bias)
+
+        return of_codes
+
     def _read_codes(
         self,
-        head: nn.Linear,
+        of_codes: Head,
         rows: int,
         hidden: Tensor,
         ids: Tensor,
@@ -181,20 +228,13 @@ class ImageTokenPolicy(AutoregressivePolicy):
         *,
         with_entropy: bool,
     ) -> TokenReading:
-        """Read image codes with that part of the output head which is theirs."""
-        first, count = self.layout.code_offset, self.layout.num_codes
-
-        def of_codes(hidden: Tensor) -> Tensor:
-            bias = None if head.bias is None else head.bias[first : first + count]
-            weight = head.weight[first : first + count]
-            return self._finish(nn.functional.linear(hidden, weight, bias))
-
+        """Read image codes without the logits of other tokens."""
         return read_hidden(
             hidden,
-            ids - first,
+            ids - self.layout.code_offset,
             temperature,
             ids[:0],
-            head=of_codes,
+            head=partial(_finished, of_codes, self._finish),
             rows=rows,
             with_entropy=with_entropy,
         )
@@ -210,10 +250,10 @@ class ImageTokenPolicy(AutoregressivePolicy):
 
     def _save_processing(self, directory: Path) -> None:
         super()._save_processing(directory)
-        document = self.layout.model_dump_json(indent=2)
-        (Path(directory) / FILE).write_text(document + "\n", encoding="utf-8")
-        self.decoder.save_pretrained(Path(directory) / FOLDER)
+        self.layout.write(directory)
+        if self.decoder is not None:
+            self.decoder.save_pretrained(Path(directory) / FOLDER)
 
 
-def _finished(head: nn.Module, finish: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+def _finished(head: Head, finish: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
     return finish(head(hidden))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,17 @@ def silence_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Let a transformers model compute activations again in the backward pass of training mode."""
+def enable_checkpointing(model: Any, context_fn: Callable[[], Any] | None = None) -> None:
+    """Let a transformers model compute activations again in the backward pass of training mode.
+
+    Args:
+        model: the model.
+        context_fn: the contexts of a layer's two passes, see ``torch.utils.checkpoint``.
+    """
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # new, old
     name = next(name for name in names if hasattr(model, name))
-    getattr(model, name)({"use_reentrant": False})
+    contexts = {} if context_fn is None else {"context_fn": context_fn}
+    getattr(model, name)({"use_reentrant": False, **contexts})
 
 
 def first_line(error: BaseException) -> str:

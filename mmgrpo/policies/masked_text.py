@@ -12,9 +12,9 @@ from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import MethodError, ModelError
 from mmgrpo.policies.autoregressive import AutoregressivePolicy
 from mmgrpo.policies.masked_payload import MaskedPayload
-from mmgrpo.policies.token_evaluator import PLAIN_REQUEST
 from mmgrpo.policies.token_logits import TokenReading, read_tokens
 from mmgrpo.policies.token_payload import TokenPrompts
+from mmgrpo.policies.used_decisions import PLAIN_REQUEST, refuse_predictions
 from mmgrpo.protocols import Evaluation, Request
 
 
@@ -102,11 +102,7 @@ class MaskedTextPolicy(AutoregressivePolicy):
             MethodError: a divergence or a prediction is requested, or the entropy of random views.
         """
         payload: MaskedPayload = trajectories.payload
-        if request.divergence or request.prediction:
-            raise MethodError(
-                "A token policy stores no predictions to measure a divergence from; estimate the "
-                "KL from log-probabilities (k1, k2 or k3)."
-            )
+        refuse_predictions(request)
         if request.entropy and not payload.by_token:
             raise MethodError("Random views of a response have no entropy of a decision.")
         mask = trajectories.mask

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
 from mmgrpo.policies.decoding import TokenState
+from mmgrpo.policies.fast_layers import inverse_length
 from mmgrpo.policies.prefix_cache import PrefixCache
+from mmgrpo.policies.products import is_plain, multiply, packed
 
 LAYERS = (
     "LlamaDecoderLayer",
@@ -37,7 +39,7 @@ AHEAD = 32
 """Positions whose rotations are computed at once."""
 JOINED = 2**21
 """Weights up to which the projections of queries, keys and values are computed as one."""
-PACKED = 2**17
+PACKED = 2**16
 """Weights from which a CPU's product with few rows is worth a copy in another order."""
 
 Apply = Callable[[Tensor], Tensor]
@@ -107,12 +109,14 @@ class PrefixState:
         self._rotations = []
         return True
 
+    @torch.inference_mode()
     def advance(self, tokens: Tensor) -> Tensor:
         """Read ``[r, 1]`` tokens; return the ``[r, V]`` logits of what follows."""
         self._count()
         if not self._layers:
             self._layers = [_Layer.of(layer) for layer in self._decoder.layers]
             self._logits = _linear(self._head, hooks=1)  # one hook chooses positions: all of them
+            self._norm = _norm(self._decoder.norm)
         x = self._decoder.embed_tokens(tokens)[:, 0]
         if not self._rotations:
             self._rotations = self._rotate_ahead(x)
@@ -121,10 +125,9 @@ class PrefixState:
         for number, layer in enumerate(self._layers):
             queries, keys, values = layer.project(layer.before(x), *rotation)
             x = x + layer.output(self._cache.attend(number, queries, keys, values))
-            h = layer.between(x)
-            x = x + layer.down(layer.activate(layer.gate(h)) * layer.up(h))
+            x = x + layer.feed(layer.between(x))
         self._next = self._next + 1
-        self.logits = self._logits(_norm(self._decoder.norm)(x))
+        self.logits = self._logits(self._norm(x))
         return self.logits
 
     def _rotate_ahead(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -139,11 +142,8 @@ class PrefixState:
         queries, keys = self._layers[0].heads
         scale = cos.new_ones(queries + keys, 1)
         scale[:queries] = attn.scaling
-        ahead = [
-            (c[:, None] * scale, s[:, None] * scale)
-            for c, s in zip(cos.unbind(1), sin.unbind(1), strict=True)
-        ]
-        return ahead[::-1]
+        ahead = [(part[:, :, None] * scale).unbind(1) for part in (cos, sin)]
+        return list(zip(*ahead, strict=True))[::-1]
 
 
 @dataclass(frozen=True)
@@ -159,16 +159,13 @@ class _Layer:
     together: Apply | None
     output: Apply
     between: Apply
-    gate: Apply
-    up: Apply
-    activate: Apply
-    down: Apply
+    feed: Apply
     size: int
     heads: tuple[int, int]
 
     @classmethod
     def of(cls, layer: Any) -> _Layer:
-        attn, mlp = layer.self_attn, layer.mlp
+        attn = layer.self_attn
         normed = hasattr(attn, "q_norm")
         return cls(
             before=_norm(layer.input_layernorm),
@@ -180,10 +177,7 @@ class _Layer:
             together=None if normed else _joined((attn.q_proj, attn.k_proj, attn.v_proj)),
             output=_linear(attn.o_proj),
             between=_norm(layer.post_attention_layernorm),
-            gate=_linear(mlp.gate_proj),
-            up=_linear(mlp.up_proj),
-            activate=silu if type(mlp.act_fn).__name__ == "SiLUActivation" else mlp.act_fn,
-            down=_linear(mlp.down_proj),
+            feed=_feed(layer.mlp),
             size=attn.head_dim,
             heads=_heads(layer),
         )
@@ -236,14 +230,9 @@ def _heads(layer: Any) -> tuple[int, int]:
     return keys * attn.num_key_value_groups, keys
 
 
-def _is_plain(module: nn.Module, hooks: int = 0) -> bool:
-    watchers = (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001 - no other way
-    return type(module) is nn.Linear and [len(x) for x in watchers] <= [0, hooks]
-
-
 def _linear(module: nn.Module, hooks: int = 0) -> Apply:
     """Return what a layer computes; an adapter or a quantised layer is called as it is."""
-    return _product(module.weight, module.bias) if _is_plain(module, hooks) else module  # type: ignore[arg-type]
+    return _product(module.weight, module.bias) if is_plain(module, hooks) else module  # type: ignore[arg-type]
 
 
 def _product(weight: Tensor, bias: Tensor | None) -> Apply:
@@ -252,19 +241,12 @@ def _product(weight: Tensor, bias: Tensor | None) -> Apply:
         return partial(linear, weight=weight, bias=bias)
     if not torch.backends.mkldnn.is_available():
         return partial(linear, weight=weight, bias=bias)
-    library = torch.ops.mkldnn
-    packed = library._reorder_linear_weight(weight.detach())  # noqa: SLF001 - as inductor does
-
-    def apply(x: Tensor) -> Tensor:
-        product: Tensor = library._linear_pointwise(x, packed, bias, "none", [], "")  # noqa: SLF001
-        return product
-
-    return apply
+    return partial(multiply, weight=packed(weight), bias=bias)
 
 
 def _joined(modules: Sequence[nn.Module]) -> Apply | None:
     """Return several small layers as one, with a copy of their weights; None for others."""
-    if not all(_is_plain(module) for module in modules):
+    if not all(is_plain(module) for module in modules):
         return None
     weights: list[Any] = [module.weight for module in modules]
     biases: list[Any] = [module.bias for module in modules]
@@ -276,10 +258,27 @@ def _joined(modules: Sequence[nn.Module]) -> Apply | None:
     return _product(weight, torch.cat(biases))
 
 
+def _feed(mlp: Any) -> Apply:
+    """Return what a gated network does, with its first two products as one where they are small."""
+    activate = silu if type(mlp.act_fn).__name__ == "SiLUActivation" else mlp.act_fn
+    together, down = _joined((mlp.gate_proj, mlp.up_proj)), _linear(mlp.down_proj)
+    if together is None:
+        gate, up = _linear(mlp.gate_proj), _linear(mlp.up_proj)
+        return lambda h: down(activate(gate(h)) * up(h))
+
+    def apply(h: Tensor) -> Tensor:
+        gated, states = together(h).chunk(2, dim=-1)
+        return down(activate(gated) * states)
+
+    return apply
+
+
 def _norm(norm: nn.Module) -> Apply:
-    """Return an RMSNorm, as one kernel where that rounds in the same way."""
+    """Return an RMSNorm, in few steps where they round in the same way."""
     weight: Tensor = norm.weight  # type: ignore[assignment]
     if weight.dtype != torch.float32:
         return norm
     eps: float = norm.variance_epsilon  # type: ignore[assignment]
-    return partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
+    if weight.device.type != "cpu":  # where it is one kernel
+        return partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
+    return lambda x: (x * inverse_length(x, eps)).mul_(weight)

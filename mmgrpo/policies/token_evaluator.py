@@ -16,36 +16,34 @@ import torch
 from torch import Tensor, nn
 
 from mmgrpo.core.trajectories import Trajectories
-from mmgrpo.errors import MethodError, ModelError
+from mmgrpo.errors import ModelError
 from mmgrpo.policies.decoding import (
     SelectiveHead,
     TokenState,
     continue_positions,
+    kept,
     next_position,
     text_positions,
 )
+from mmgrpo.policies.fast_layers import use_fast_layers
+from mmgrpo.policies.linear_head import tile_reader
 from mmgrpo.policies.loading import enable_checkpointing, first_line, silence_dropout
+from mmgrpo.policies.packed_attention import attend_within, can_pack, checkpoint_contexts
+from mmgrpo.policies.packed_kernels import Kernel, kernels
+from mmgrpo.policies.packing import pack as pack_row
 from mmgrpo.policies.prefix_decoding import PrefixState, can_share, has_whole_weights, try_state
-from mmgrpo.policies.token_logits import (
-    TILE_ELEMENTS,
-    TokenReading,
-    finish_logits,
-    read_hidden,
-    read_tokens,
-)
+from mmgrpo.policies.token_logits import TokenReading, finish_logits, read_tokens
 from mmgrpo.policies.token_payload import EncodedPrompt, TokenPayload, TokenPrompts, pad_right
+from mmgrpo.policies.used_decisions import PLAIN_REQUEST, Read, evaluate_used
 from mmgrpo.protocols import Evaluation, Request
 
 logger = logging.getLogger(__name__)
 
-PLAIN_REQUEST = Request()
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 """How far two orders of the same sums may differ, by dtype of the weights: absolutely in a
 log-probability, relatively in a gradient."""
 
 _CANNOT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-
-Read = Callable[[TokenPayload, Tensor, bool], TokenReading]
 
 
 class TokenEvaluator:
@@ -66,7 +64,9 @@ class TokenEvaluator:
         checkpointing: bool,
         head_tile_rows: int | None = None,
         share_prompts: bool = True,
+        pack: bool = True,
         fast_decoding: bool = True,
+        fast_layers: bool = True,
     ) -> None:
         """Find out how the model can be called.
 
@@ -75,16 +75,18 @@ class TokenEvaluator:
             network: the model, or its adapter wrapper.
             forbidden: token ids that can never be sampled.
             checkpointing: whether evaluations that need a gradient compute activations twice;
-                transformers then has no cache, and prompts are read once per completion.
+                transformers then has no cache, and only a packed row has shared prompts.
             head_tile_rows: an evaluation applies the output head to this many positions at a time;
-                None: as many as make ``TILE_ELEMENTS`` logits; 0: to all of them at once.
+                None: by the size of their logits; 0: to all of them at once.
             share_prompts: whether an evaluation reads each prompt once, where the model can.
+            pack: whether it then reads prompts and completions as one row without padding.
             fast_decoding: whether rows are sampled with :class:`PrefixState`, where the model can.
+            fast_layers: whether layers are computed as :mod:`~mmgrpo.policies.fast_layers` does.
         """
         self.model = model
         self.network = network
         self.forwards = 0
-        self._checkpointing = checkpointing
+        self._checkpointing = False
         self._forbidden = torch.tensor(forbidden, dtype=torch.int64)
         self._accepted = inspect.signature(model.forward).parameters
         self._embedding = model.get_input_embeddings()
@@ -92,10 +94,19 @@ class TokenEvaluator:
         self._finish = finish_logits(model.config.get_text_config())
         self._tile_rows = head_tile_rows
         self._wanted = (share_prompts, fast_decoding)
+        self._kernel: Kernel | None = None
+        self._kernels = kernels(self.device) if pack and share_prompts and can_pack(model) else ()
         silence_dropout(model)
+        if fast_layers:
+            use_fast_layers(network)
         if checkpointing:
-            enable_checkpointing(model)
+            self.checkpoint_activations()
         self._probe()
+
+    def checkpoint_activations(self) -> None:
+        """From now on, compute activations again in the backward pass."""
+        self._checkpointing = True
+        enable_checkpointing(self.model, checkpoint_contexts)
 
     @property
     def device(self) -> torch.device:
@@ -140,13 +151,15 @@ class TokenEvaluator:
         """
         twice = self._checkpointing and torch.is_grad_enabled()
         read = self._read_shared if self._shares_prompts and not twice else self._read_plain
-        return _evaluate(trajectories, request, partial(read, tiled=self._tiled))
+        if self._kernel is not None:
+            read = partial(self._read_packed, kernel=self._kernel)
+        return evaluate_used(trajectories, request, partial(read, tiled=self._tiled))
 
     def evaluate_plain(
         self, trajectories: Trajectories, request: Request = PLAIN_REQUEST
     ) -> Evaluation:
         """Like :meth:`evaluate`, with prompts read again for each completion and no tiles."""
-        return _evaluate(trajectories, request, self._read_plain)
+        return evaluate_used(trajectories, request, self._read_plain)
 
     def _read_shared(
         self, payload: TokenPayload, keep: Tensor, entropy: bool, *, tiled: bool = False
@@ -166,6 +179,30 @@ class TokenEvaluator:
             if first.entropy is None or rest.entropy is None
             else torch.cat([first.entropy, rest.entropy], dim=1),
         )
+
+    def _read_packed(
+        self,
+        payload: TokenPayload,
+        keep: Tensor,
+        entropy: bool,
+        *,
+        kernel: Kernel,
+        tiled: bool = False,
+    ) -> TokenReading:
+        """Read all prompts and completions as one row; ``[B, W]`` results."""
+        inputs = payload.prompts.inputs()
+        row = pack_row(payload, keep, self._positions(payload.prompts, inputs))
+        with attend_within(row.layout, self.model, kernel):
+            states, _ = self._forward(
+                row.keep,
+                ids=row.ids,
+                mask=torch.ones_like(row.ids),
+                positions=row.positions,
+                use_cache=False,
+                inputs={**inputs, **row.aligned},
+                hidden=tiled,
+            )
+        return self._place(states, payload, keep, 0, entropy, tiled)
 
     def _read_plain(
         self, payload: TokenPayload, keep: Tensor, entropy: bool, *, tiled: bool = False
@@ -220,16 +257,14 @@ class TokenEvaluator:
         tiled: bool,
     ) -> TokenReading:
         """Read the N kept positions, of which column c is token ``start + c``; ``[N]`` results."""
-        ids = payload.completion_ids[:, start : start + keep.shape[1]][keep]
-        temperature = payload.temperature[:, None].expand_as(keep)[keep]
+        ids, temperature = payload.at(keep, start)
         read = self._tile_reader() if tiled else read_tokens
         return read(states, ids, temperature, self.forbidden, with_entropy=entropy)
 
     def _tile_reader(self) -> Callable[..., TokenReading]:
-        head = self.model.get_output_embeddings()
         size = self.model.get_input_embeddings().weight.shape[0]
-        rows = self._tile_rows or max(1, TILE_ELEMENTS // size)
-        return partial(read_hidden, head=lambda hidden: self._finish(head(hidden)), rows=rows)
+        head = self.model.get_output_embeddings()
+        return tile_reader(head, self._finish, size=size, rows=self._tile_rows)
 
     def _positions(self, prompts: TokenPrompts, inputs: dict[str, Tensor]) -> Tensor:
         """Return the prompts' position ids, ``[P, Lp]`` or ``[axes, P, Lp]``."""
@@ -269,7 +304,7 @@ class TokenEvaluator:
         if hidden:
             logits = self._head.take_hidden()
         else:
-            logits = output.logits[0] if self._selective else output.logits[keep]
+            logits = output.logits[0] if self._selective else kept(output.logits, keep)
         return logits, output.past_key_values if use_cache else None
 
     @torch.enable_grad()
@@ -308,6 +343,9 @@ class TokenEvaluator:
         if not shares:
             self._check_steps(payload)
         self._shares_prompts &= share
+        self._kernel = next(
+            (k for k in self._kernels if holds(partial(self._read_packed, kernel=k))), None
+        )
         self._fast = fast and shares and can_share(self.model) and self._decodes_fast(payload)
         self.forwards = 0
 
@@ -350,27 +388,3 @@ class TokenEvaluator:
         return TokenPayload(
             TokenPrompts.pad(prompts, pad_id=0), rows, ids[5:].view(3, 3), torch.ones_like(rows)
         )
-
-
-def _evaluate(trajectories: Trajectories, request: Request, read: Read) -> Evaluation:
-    """Read the rows and columns that count, and place the results in ``[B, T]``."""
-    if request.divergence or request.prediction:
-        raise MethodError(
-            "A token policy stores no predictions to measure a divergence from; estimate the KL "
-            "from log-probabilities (k1, k2 or k3)."
-        )
-    mask = trajectories.mask
-    used = mask.any(dim=1)
-    used[0] |= ~used.any()  # the network runs even if nothing counts: other ranks wait for it
-    rows = used.nonzero().squeeze(1)
-    width = int((mask.any(dim=0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max())
-    keep = mask[rows, : max(width, 1)]
-    reading = read(trajectories.payload.select(rows), keep, request.entropy)
-
-    def place(values: Tensor) -> Tensor:
-        return values.new_zeros(mask.shape).index_put((rows,), pad_right(values, mask.shape[1]))
-
-    return Evaluation(
-        log_prob=place(reading.log_prob),
-        entropy=None if reading.entropy is None else place(reading.entropy),
-    )

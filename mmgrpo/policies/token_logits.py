@@ -48,13 +48,22 @@ def log_distribution(logits: Tensor, temperature: Tensor | float, forbidden: Ten
         temperature: positive; broadcasts against ``[..., 1]``.
         forbidden: see :func:`allowed_logits`.
     """
-    return allowed_logits(logits.float() / temperature, forbidden).log_softmax(dim=-1)
+    scaled = logits.float()
+    if not (isinstance(temperature, float) and temperature == 1.0):
+        scaled = scaled / temperature
+    return allowed_logits(scaled, forbidden).log_softmax(dim=-1)
 
 
-def entropy(log_p: Tensor) -> Tensor:
-    """Return the ``[...]`` entropy in nats of ``[..., V]`` log-probabilities, 0 log 0 being 0."""
+def entropy(log_p: Tensor, probs: Tensor | None = None) -> Tensor:
+    """Return the ``[...]`` entropy in nats of ``[..., V]`` log-probabilities, 0 log 0 being 0.
+
+    Args:
+        log_p: ``[..., V]`` float32.
+        probs: their exponentials, if they are there already.
+    """
     # Where the bound holds, the probability is 0 in float32; so are the product and its gradient.
-    return -(log_p.exp() * log_p.clamp(min=-1000.0)).sum(dim=-1)
+    probs = log_p.exp() if probs is None else probs
+    return -torch.linalg.vecdot(probs, log_p.clamp(min=-1000.0))
 
 
 def read_tokens(
@@ -114,11 +123,19 @@ def finish_logits(config: Any) -> Head:
     factor = (getattr(config, "logit_scale", None) or 1.0) / divisor  # Cohere
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
 
+    if factor == 1.0 and not cap:
+        return unchanged
+
     def finish(logits: Tensor) -> Tensor:
         logits = logits if factor == 1.0 else logits * factor
         return (logits / cap).tanh() * cap if cap else logits
 
     return finish
+
+
+def unchanged(logits: Tensor) -> Tensor:
+    """Return the logits themselves."""
+    return logits
 
 
 def _read_tiles(

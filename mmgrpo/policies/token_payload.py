@@ -132,6 +132,14 @@ class TokenPayload:
     completion_ids: Tensor
     temperature: Tensor
 
+    def at(self, keep: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Return ids and temperatures, ``[N]`` each, at the N positions of ``keep [B, W]``.
+
+        Column c of ``keep`` is token ``start + c``.
+        """
+        ids = self.completion_ids[:, start : start + keep.shape[1]][keep]
+        return ids, self.temperature[:, None].expand_as(keep)[keep]
+
     def select(self, rows: Tensor) -> Self:
         """Return the given rows and the prompts they need; T stays."""
         kept, prompt_row = torch.unique(self.prompt_row[rows], return_inverse=True)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import ConfigError
-from mmgrpo.protocols import Cost, Prompt, Rollout, Sample
+from mmgrpo.protocols import Cost, OnSamples, Prompt, Rollout, Sample
+from mmgrpo.rollout.announcing import Announcer
 from mmgrpo.rollout.sampling import draw_uniforms, filter_logits, sample_inverse_cdf
 
 
@@ -58,8 +59,8 @@ class TokenPolicy(Protocol):
         """Return ``[r, V]`` log-probabilities of the next token."""
         ...
 
-    def entropy(self, log_p: Tensor) -> Tensor:
-        """Return the ``[r]`` entropy of ``[r, V]`` log-probabilities."""
+    def entropy(self, log_p: Tensor, probs: Tensor) -> Tensor:
+        """Return the ``[r]`` entropy of ``[r, V]`` log-probabilities and their exponentials."""
         ...
 
     def payload(self, prompts: Any, prompt_row: Tensor, ids: Tensor, temperature: float) -> Any:
@@ -109,6 +110,9 @@ class _Written:
             ended=torch.zeros(rows, dtype=torch.bool, device=device),
         )
 
+    def select(self, rows: Tensor) -> _Written:
+        return _Written(**{name: value[rows] for name, value in vars(self).items()})
+
 
 class AutoregressiveEngine:
     """Samples completions token by token, with the policy's own weights and log-probabilities.
@@ -121,6 +125,8 @@ class AutoregressiveEngine:
     Attributes:
         room: how many tokens a completion may have; a prompt must leave that much.
     """
+
+    announces = True
 
     def __init__(
         self,
@@ -179,11 +185,12 @@ class AutoregressiveEngine:
         seed: int,
         version: int = 0,
         iteration: int = 0,
+        on_samples: OnSamples | None = None,
     ) -> Rollout:
         """Sample ``group_size`` completions per prompt.
 
         Sample g of prompt p depends only on (seed, p.index, g) and the weights; nothing follows
-        ``iteration``.
+        ``iteration``. ``on_samples`` gets each group when its last completion has ended.
 
         Raises:
             DataError: a prompt that cannot be encoded or is too long.
@@ -195,16 +202,30 @@ class AutoregressiveEngine:
         uniforms = draw_uniforms(seed, streams, self.room).to(encoded.ids.device)
         prompt_row = torch.arange(len(prompts), device=uniforms.device)
         prompt_row = prompt_row.repeat_interleave(group_size)
-        written = self._write(encoded, prompt_row, uniforms)
+        written = _Written.blank(len(prompt_row), self.room, self.policy.pad_id, uniforms.device)
+
+        def group(place: int, rows: Tensor) -> list[Sample]:
+            one, alone = [prompts[place]], torch.zeros_like(rows)
+            parts = written.select(rows), encoded.select(prompt_row[rows[:1]])
+            return self._samples(self._assemble(*parts, alone, one, version), one)
+
+        told = None if on_samples is None else Announcer(prompt_row, group, on_samples)
+        self._write(written, encoded, prompt_row, uniforms, told)
         trajectories = self._assemble(written, encoded, prompt_row, prompts, version)
-        samples = self._samples(trajectories, prompts)
+        samples = self._samples(trajectories, prompts) if told is None else told.samples
         decisions = int(trajectories.mask.sum())
         return Rollout(trajectories, samples, Cost(self.policy.forwards - forwards, 0, decisions))
 
-    def _write(self, encoded: Any, prompt_row: Tensor, uniforms: Tensor) -> _Written:
+    def _write(
+        self,
+        written: _Written,
+        encoded: Any,
+        prompt_row: Tensor,
+        uniforms: Tensor,
+        told: Announcer | None,
+    ) -> None:
         """Write all completions; ``rows`` are those in work, ``count`` how far each of them is."""
         device, size = prompt_row.device, self._max_rows or len(prompt_row)
-        written = _Written.blank(len(prompt_row), self.room, self.policy.pad_id, device)
         eos = torch.tensor(self.policy.eos_ids, dtype=torch.int64, device=device)
         rows = count = torch.zeros(0, dtype=torch.int64, device=device)
         state: Any = None
@@ -226,9 +247,11 @@ class AutoregressiveEngine:
             left = ~ended & (count < self.room)
             if not bool(left.all()):
                 written.ended[rows] = ended
+                if told is not None:
+                    told.finished(rows[~left])
                 rows, count, tokens = rows[left], count[left], tokens[left]
                 if len(rows) == 0 and started == len(prompt_row):
-                    return written
+                    return
                 if len(rows) == 0:
                     state = None
                     continue
@@ -247,10 +270,11 @@ class AutoregressiveEngine:
     ) -> Tensor:
         """Draw the next token of ``rows [r]`` and write it at ``count [r]``."""
         log_p = self._distribution(logits, written.ids, rows, count)
-        tokens = self._draw(log_p, uniforms[rows, count])
+        probs = log_p.exp()
+        tokens = self._draw(log_p, probs, uniforms[rows, count])
         written.ids[rows, count] = tokens
         written.log_prob[rows, count] = log_p.gather(-1, tokens[:, None]).squeeze(-1)
-        written.entropy[rows, count] = self.policy.entropy(log_p)
+        written.entropy[rows, count] = self.policy.entropy(log_p, probs)
         written.mask[rows, count] = True
         return tokens
 
@@ -259,10 +283,11 @@ class AutoregressiveEngine:
         del ids, rows, count  # the logits alone decide
         return self.policy.log_distribution(logits, self._temperature or 1.0)
 
-    def _draw(self, log_p: Tensor, uniforms: Tensor) -> Tensor:
+    def _draw(self, log_p: Tensor, probs: Tensor, uniforms: Tensor) -> Tensor:
         if self._temperature == 0:
             return log_p.argmax(dim=-1)
-        return sample_inverse_cdf(filter_logits(log_p, **self._filters).exp(), uniforms)
+        kept = filter_logits(log_p, **self._filters)
+        return sample_inverse_cdf(probs if kept is log_p else kept.exp(), uniforms)
 
     def _has_stop(self, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:
         """Return ``[r]``: the first ``count`` of ``rows [r]`` in ``ids [R, T]`` end in a stop."""

@@ -7,7 +7,7 @@ that has the same state.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,16 +73,24 @@ class _Step:
     std: Tensor
 
 
+@dataclass(frozen=True)
+class _Level:
+    """N distinct states: the first row of each ``[N]``, and each row's among them ``[B]``."""
+
+    rows: Tensor
+    place: Tensor
+
+
 def denoise(start: Tensor, course: Course, velocity: Velocity, noise: Noise) -> Drawn:
     """Take ``[B, ...]`` pure noise to clean latents."""
-    steps, states = len(course.stochastic), [start]
+    steps, states, levels = len(course.stochastic), [start], _levels(course.owner)
     log_probs, stds, velocities = [], [], []
     last = int(course.stochastic.nonzero().max()) if course.stochastic.any() else steps
     own_grid = course.suffix.plain or last >= steps
     stop = steps if own_grid else last + 1
     step = None
     for index in range(stop):
-        step = _advance(states[-1], index, course, velocity, noise)
+        step = _advance(states[-1], index, levels, course, velocity, noise)
         states.append(step.x_next)
         log_probs.append(step.log_prob)
         stds.append(step.std)
@@ -98,17 +106,57 @@ def denoise(start: Tensor, course: Course, velocity: Velocity, noise: Noise) -> 
     return Drawn(torch.stack(states, dim=1), log_prob * random, random, velocities)
 
 
-def _advance(x: Tensor, index: int, course: Course, velocity: Velocity, noise: Noise) -> _Step:
+def _levels(owner: Tensor) -> list[_Level]:
+    """Return the distinct states of each of the ``T + 1`` levels."""
+    changed = (owner[:, 1:] != owner[:, :-1]).any(dim=0).tolist()
+    levels: list[_Level] = []
+    for index, differs in enumerate([True, *changed]):
+        levels.append(
+            _Level(*torch.unique(owner[:, index], return_inverse=True)) if differs else levels[-1]
+        )
+    return levels
+
+
+def _advance(
+    x: Tensor,
+    index: int,
+    levels: Sequence[_Level],
+    course: Course,
+    velocity: Velocity,
+    noise: Noise,
+) -> _Step:
     sigma, sigma_next = course.sigmas[index], course.sigmas[index + 1]
-    parents = torch.unique(course.owner[:, index])
-    children, back = torch.unique(course.owner[:, index + 1], return_inverse=True)
-    found = velocity(x[parents], sigma, parents)
-    found = found[torch.searchsorted(parents, course.owner[children, index])]
-    drawn = bool(course.stochastic[index])
-    out = (course.rule.at(index) if drawn else course.rule.still).step(
-        found, x[children], sigma, sigma_next, noise=noise(children, index) if drawn else None
+    parents, children = levels[index], levels[index + 1]
+    found = velocity(_rows(x, parents.rows), sigma, parents.rows)
+    found = _rows(found, parents.place[children.rows])
+    x = _rows(x, children.rows)
+    if course.stochastic[index]:
+        rule = course.rule.at(index)
+        out = rule.step(found, x, sigma, sigma_next, noise=noise(children.rows, index))
+        x_next, std, log_prob = out.x_next, out.std, out.log_prob
+    else:
+        x_next, std = _still(found, x, sigma, sigma_next, course.rule)
+        log_prob = x_next.new_zeros(len(x_next))
+    place = children.place
+    return _Step(_rows(x_next, place), _rows(found, place), _rows(log_prob, place), std)
+
+
+def _still(
+    velocity: Tensor, x: Tensor, sigma: Tensor, sigma_next: Tensor, rule: StepRule
+) -> tuple[Tensor, Tensor]:
+    """Return the states after a step without noise, which has no density, and its std of 0."""
+    still = rule.still
+    return transition(
+        still.kernel, velocity, x, sigma, sigma_next, eta=still.eta, sigma_max=still.sigma_max
     )
-    return _Step(out.x_next[back], found[back], out.log_prob[back], out.std)
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """``values[index]``, without a copy where every row has a state of its own.
+
+    An owner is the first of its rows, so that as many indices as rows are all rows in order.
+    """
+    return values if len(index) == len(values) else values[index]
 
 
 def _solve(at: Tensor, clean: Tensor, start: int, course: Course, velocity: Velocity) -> Tensor:

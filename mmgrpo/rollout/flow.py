@@ -25,7 +25,7 @@ from mmgrpo.core.diffusion import (
 from mmgrpo.core.seeding import generator, mix_seed
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import ConfigError, nearest
-from mmgrpo.protocols import Cost, Prompt, Rollout, Sample
+from mmgrpo.protocols import Cost, OnSamples, Prompt, Rollout, Sample
 from mmgrpo.rollout.denoise import Course, Drawn, check_finite, denoise, nodes, step_sizes
 from mmgrpo.rollout.flow_model import FlowModel
 from mmgrpo.rollout.matching import draw_matching, on_clean_samples
@@ -53,6 +53,7 @@ class FlowEngine:
     """
 
     room = 0  # denoising steps take no place in a prompt's context
+    announces = True
 
     def __init__(  # noqa: PLR0913 - each names one choice of the sampler
         self,
@@ -166,6 +167,7 @@ class FlowEngine:
         seed: int,
         version: int = 0,
         iteration: int = 0,
+        on_samples: OnSamples | None = None,
     ) -> Rollout:
         """Draw ``group_size`` images per prompt and stride of the suffix.
 
@@ -175,6 +177,7 @@ class FlowEngine:
             seed: names the rollout.
             version: of the weights.
             iteration: training iteration, which moving windows follow.
+            on_samples: gets each group when it is decoded; each is then decoded alone.
 
         Raises:
             ConfigError: the group does not fit the tree.
@@ -210,13 +213,11 @@ class FlowEngine:
         )
         if self.matching.on:
             clean = drawn.latents[:, -1].clone()
-            process = self.policy.family.process
-            draws = draw_matching(clean, rows.names, self.matching, self.sigmas, process)
+            family = self.policy.family
+            draws = draw_matching(clean, rows.names, self.matching, self.sigmas, family)
             bound = self.policy.matching_payload(encoded, rows.prompt_row, clean, self.matching)
             trajectories = on_clean_samples(trajectories, *draws, bound)
-        kind, made = self.policy.family.modality, self._decoded(drawn.latents[:, -1])
-        pairs = zip(rows.prompts, made, strict=True)
-        samples = [Sample(prompt, **{kind: one}) for prompt, one in pairs]
+        samples = self._samples(drawn.latents[:, -1], rows, group_size * strata, on_samples)
         forwards = self.policy.forwards - before
         cost = Cost(forwards=forwards, decisions=round(float(node_weight(trajectories).sum())))
         return Rollout(trajectories, samples, cost)
@@ -281,6 +282,22 @@ class FlowEngine:
                 for part, rows in parts
             ]
         )
+
+    def _samples(
+        self, latents: Tensor, rows: Rows, group: int, on_samples: OnSamples | None
+    ) -> list[Sample]:
+        """Decode ``[B, ...]`` final latents, all or each group of so many rows."""
+        kind, samples = self.policy.family.modality, list[Sample]()
+        if on_samples is None:
+            group = len(latents)
+        for first in range(0, len(latents), group):
+            part = slice(first, first + group)
+            pairs = zip(rows.prompts[part], self._decoded(latents[part]), strict=True)
+            made = [Sample(prompt, **{kind: one}) for prompt, one in pairs]
+            if on_samples is not None:
+                on_samples(made)
+            samples += made
+        return samples
 
     def _decoded(self, latents: Tensor) -> list[Any]:
         if not self.decode:

@@ -6,6 +6,7 @@ Shapes: R rows of T tokens, of which r are being written, V tokens of the vocabu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import DataError
-from mmgrpo.protocols import Prompt, Sample
+from mmgrpo.protocols import Cost, Prompt, Rollout, Sample
 from mmgrpo.rollout.autoregressive import AutoregressiveEngine, TokenPolicy
 
 QUESTIONS = "questions"
@@ -26,8 +27,22 @@ TEXT, IMAGE, DONE = 0, 1, 3
 class Answerer(TokenPolicy, Protocol):
     """What answers questions about pictures."""
 
-    def ask(self, ids: Tensor, questions: Sequence[Sequence[str]]) -> list[Any]:
+    def ask(
+        self, ids: Tensor, questions: Sequence[Sequence[str]], names: Sequence[tuple[int, ...]]
+    ) -> list[Any]:
         """Return the questions about the pictures in ``ids [B, T]`` as prompts, in order."""
+        ...
+
+    def bind(
+        self,
+        drawn: Trajectories,
+        answered: Trajectories,
+        counts: Sequence[int],
+        *,
+        width: int,
+        room: int,
+    ) -> Trajectories:
+        """Let the answers, ``counts [B]`` of each picture, be decisions of the pictures' rows."""
         ...
 
 
@@ -61,16 +76,19 @@ class ImageTokenEngine(AutoregressiveEngine):
     """Samples plans and pictures; a place that allows one token only is no decision.
 
     ``segment`` is 0 in the plan and 1 in the picture. Where it is told to, it lets the model answer
-    the questions of the prompt about the picture that it drew (greedily, by the same weights).
+    the questions of the prompt about the picture that it drew, by the same weights: greedily, or as
+    decisions (of segment 2) that are drawn like the others and have the picture's advantage.
     """
 
     policy: DrawingPolicy
+    announces = False  # a group is complete when its questions are answered, after all pictures
 
     def __init__(
         self,
         policy: DrawingPolicy,
         *,
         ask_questions: bool = False,
+        train_answers: bool = False,
         max_answer_tokens: int = 16,
         **sampling: Any,
     ) -> None:
@@ -79,6 +97,7 @@ class ImageTokenEngine(AutoregressiveEngine):
         Args:
             policy: what to sample from.
             ask_questions: fill ``Sample.self_answers``.
+            train_answers: the answers are decisions too.
             max_answer_tokens: a longer answer is cut.
             **sampling: see :class:`AutoregressiveEngine`.
 
@@ -86,8 +105,55 @@ class ImageTokenEngine(AutoregressiveEngine):
             ConfigError: a number out of its range.
         """
         super().__init__(policy, max_new_tokens=policy.layout.room, **sampling)
-        self._answerer = policy.answering() if ask_questions else None
-        self._max_answer_tokens = max_answer_tokens
+        self._answerer = policy.answering() if ask_questions or train_answers else None
+        self._train_answers = train_answers
+        self._answer_room = max_answer_tokens
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        seed: int,
+        version: int = 0,
+        iteration: int = 0,
+    ) -> Rollout:
+        """Draw ``group_size`` pictures per prompt, and let the model answer about them.
+
+        Raises:
+            DataError: a prompt that cannot be used, or has no questions where they are asked.
+        """
+        rollout = super().generate(
+            prompts, group_size=group_size, seed=seed, version=version, iteration=iteration
+        )
+        if self._answerer is None:
+            return rollout
+        names = [(prompt.index, member) for prompt in prompts for member in range(group_size)]
+        return self._answered(self._answerer, rollout, names, seed)
+
+    def _answered(
+        self, answerer: Answerer, rollout: Rollout, names: list[tuple[int, int]], seed: int
+    ) -> Rollout:
+        """Ask about every picture; where answers train, they become decisions of its row."""
+        drawn, trained = rollout.trajectories, self._train_answers
+        questions = [_questions(sample.prompt) for sample in rollout.samples]
+        temperature = self._temperature if trained else 0.0
+        engine = AutoregressiveEngine(
+            answerer, max_new_tokens=self._answer_room, temperature=temperature
+        )
+        asked = answerer.ask(drawn.payload.completion_ids, questions, names)
+        answers = engine.generate(asked, group_size=1, seed=seed)
+        texts = iter([sample.completion or "" for sample in answers.samples])
+        samples = [
+            replace(sample, self_answers=tuple(next(texts) for _ in several))
+            for sample, several in zip(rollout.samples, questions, strict=True)
+        ]
+        if not trained:
+            return Rollout(drawn, samples, rollout.cost + Cost(forwards=answers.cost.forwards))
+        counts, room = [len(several) for several in questions], self._answer_room
+        whole = answerer.bind(drawn, answers.trajectories, counts, width=self.room, room=room)
+        return Rollout(whole, samples, rollout.cost + answers.cost)
 
     def _distribution(self, logits: Tensor, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:
         kinds = self.policy.kinds(ids[rows], count[:, None]).squeeze(1)
@@ -109,24 +175,10 @@ class ImageTokenEngine(AutoregressiveEngine):
         ids, lengths = trajectories.payload.completion_ids, trajectories.lengths.tolist()
         owners = [prompt for prompt in prompts for _ in range(len(ids) // len(prompts))]
         columns = (owners, self.policy.plans(ids), self.policy.draw(ids), lengths)
-        answers = self._self_answers(ids, owners)
         return [
-            Sample(prompt, completion=plan, image=image, length=n, self_answers=answered)
-            for prompt, plan, image, n, answered in zip(*columns, answers, strict=True)
+            Sample(prompt, completion=plan, image=image, length=n, self_answers=())
+            for prompt, plan, image, n in zip(*columns, strict=True)
         ]
-
-    def _self_answers(self, ids: Tensor, owners: list[Prompt]) -> list[tuple[str, ...]]:
-        """What the model says about each picture, for every question of its prompt."""
-        if self._answerer is None:
-            return [()] * len(owners)
-        questions = [_questions(prompt) for prompt in owners]
-        asked = self._answerer.ask(ids, questions)
-        engine = AutoregressiveEngine(
-            self._answerer, max_new_tokens=self._max_answer_tokens, temperature=0.0
-        )
-        rollout = engine.generate(asked, group_size=1, seed=0)
-        texts = iter([sample.completion or "" for sample in rollout.samples])
-        return [tuple(next(texts) for _ in several) for several in questions]
 
 
 def _questions(prompt: Prompt) -> list[str]:

@@ -153,6 +153,7 @@ class MaskedEngine:
             mask=payload.decisions(),
             version=torch.full_like(prompt_row, version),
             truncated=~self._ends(ids).any(dim=1),
+            tokens=None if by_token else length.float(),
             payload=payload,
         )
         old = self.policy.evaluate(trajectories).log_prob

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,19 @@ from mmgrpo.core.trajectories import Trajectories
 
 STREAM = 0x6D61746368
 """First part of the draws' stream names, so that no stream of the denoising has such a name."""
+
+
+class NoisedModel(Protocol):
+    """What is asked of a model's family."""
+
+    @property
+    def process(self) -> Process:
+        """How its clean samples are noised."""
+        ...
+
+    def nearest_level(self, sigma: Tensor) -> Tensor:
+        """Return the noise levels ``[N, K]`` nearest to ``sigma`` at which it was trained."""
+        ...
 
 
 def on_clean_samples(
@@ -45,9 +58,11 @@ def draw_matching(
     names: Sequence[tuple[int, ...]],
     rule: MatchingRule,
     schedule: Tensor,
-    process: Process,
+    model: NoisedModel,
 ) -> tuple[Tensor, Tensor]:
     """Draw K noises and noise levels for each clean sample.
+
+    A model that was trained at some levels only, as a UNet is, gets the nearest of them.
 
     Streams are named by (seed, prompt, sample, draw), without the sample where the group shares.
 
@@ -56,14 +71,14 @@ def draw_matching(
         names: ``(seed, prompt.index, member)`` of each sample.
         rule: how many, and at which levels.
         schedule: ``[S + 1]`` noise levels of the rollout.
-        process: knows what the network shall predict.
+        model: knows at which levels it was trained and what it shall predict.
 
     Returns:
         Targets ``[B, K, ...]`` (noise - clean for a flow) and noise levels ``[B, K]``, float32.
     """
     owners = [(STREAM, *(name[:2] if rule.shared else name)) for name in names]
     drawn = {owner: rule.sigmas(schedule, generator(*owner)) for owner in dict.fromkeys(owners)}
-    sigma = torch.stack([drawn[owner] for owner in owners]).to(clean.device)
+    sigma = model.nearest_level(torch.stack([drawn[owner] for owner in owners])).to(clean.device)
     noise = {
         owner: torch.stack(
             [
@@ -74,4 +89,4 @@ def draw_matching(
         for owner in drawn
     }
     stacked = torch.stack([noise[owner] for owner in owners]).to(clean.device)
-    return process.prediction(clean[:, None], stacked), sigma
+    return model.process.prediction(clean[:, None], stacked), sigma

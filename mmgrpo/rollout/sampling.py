@@ -15,6 +15,8 @@ from mmgrpo.core.seeding import generator
 
 BLOCK = 256
 """Tokens that are summed together when a large vocabulary is searched."""
+BELOW_ONE = 1 - 2**-53
+"""The largest float64 below 1; a number times it is always smaller."""
 
 
 def filter_logits(
@@ -85,15 +87,16 @@ def sample_inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
         weight are candidates, and the last of them exceeds every target.
     """
     size = probs.shape[-1]
+    uniforms = uniforms.double()
     if size <= 2 * BLOCK:
-        return _first_above(probs, uniforms, None)[0]
+        return _first_above(probs, uniforms, None)[0].squeeze(-1)
     whole = size // BLOCK * BLOCK
     sums = probs[:, :whole].unflatten(-1, (-1, BLOCK)).sum(dim=-1)
     sums = torch.cat([sums, probs[:, whole:].sum(dim=-1, keepdim=True)], dim=-1)
     block, left = _first_above(sums, uniforms, None)
-    place = block[:, None] * BLOCK + torch.arange(BLOCK, device=probs.device)
+    place = block * BLOCK + torch.arange(BLOCK, device=probs.device)
     inside = probs.gather(-1, place.clamp(max=size - 1)).masked_fill(place >= size, 0)
-    return block * BLOCK + _first_above(inside, uniforms, left)[0]
+    return (block * BLOCK + _first_above(inside, uniforms, left)[0]).squeeze(-1)
 
 
 def _first_above(weights: Tensor, uniforms: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -101,17 +104,19 @@ def _first_above(weights: Tensor, uniforms: Tensor, target: Tensor | None) -> tu
 
     Args:
         weights: ``[R, n]``.
-        uniforms: ``[R]``, the target as a share of the sum.
-        target: ``[R]`` float64, the target itself if it is known.
+        uniforms: ``[R]`` float64, the target as a share of the sum.
+        target: ``[R, 1]`` float64, the target itself if it is known.
+
+    Returns:
+        ``[R, 1]`` each.
     """
     weights = weights.double()
-    cdf = weights.cumsum(dim=-1).masked_fill(weights <= 0, -1.0)
-    total = cdf.amax(dim=-1)
-    below = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(uniforms.double() * total if target is None else target, below)
-    place = (cdf > target[:, None]).to(torch.uint8).argmax(dim=-1)
-    start = (cdf - weights).gather(-1, place[:, None]).squeeze(-1)
-    return place, target - start
+    cdf = weights.cumsum(dim=-1).masked_fill_(weights <= 0, -1.0)
+    total = cdf.amax(dim=-1, keepdim=True)
+    target = uniforms[:, None] * total if target is None else target
+    target = torch.minimum(target, total * BELOW_ONE)
+    place = (cdf > target).view(torch.uint8).argmax(dim=-1, keepdim=True)
+    return place, target - (cdf.gather(-1, place) - weights.gather(-1, place))
 
 
 def draw_uniforms(seed: int, streams: Sequence[tuple[int, int]], count: int) -> Tensor:

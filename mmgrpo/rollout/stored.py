@@ -111,7 +111,7 @@ class StoredEngine:
             device=device,
         )
         rule = self.flow.matching
-        target, sigma = draw_matching(clean, names, rule, self.flow.sigmas, policy.family.process)
+        target, sigma = draw_matching(clean, names, rule, self.flow.sigmas, policy.family)
         group = torch.tensor([index for _, index, _ in names], device=device)
         trajectories = Trajectories(
             group=group,

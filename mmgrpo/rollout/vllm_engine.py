@@ -5,12 +5,13 @@ Shapes: P prompts, B = P * group size completions of up to T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from mmgrpo.core.mismatch import worst_decisions
 from mmgrpo.core.seeding import mix_seed
@@ -50,7 +51,7 @@ class VllmEngine:
         min_p: float = 0.0,
         stop: Sequence[str] = (),
         evaluate: bool = True,
-        rows: int | None = None,
+        pieces: Callable[[Trajectories], Sequence[Tensor]] | None = None,
     ) -> None:
         """Choose how to sample; the settings mean what they mean for the native engine.
 
@@ -64,14 +65,15 @@ class VllmEngine:
             min_p: 0 is off.
             stop: strings that end a completion, and stay in it.
             evaluate: fill ``old_log_prob`` and ``entropy``, which training needs.
-            rows: completions that are evaluated at a time; None: all.
+            pieces: trajectories -> the rows of each part that is evaluated at a time, in order;
+                None: all at once.
         """
         self.policy = policy
         self.room = max_new_tokens
         self._session = session
         self._temperature = temperature
         self._evaluate = evaluate
-        self._rows = rows
+        self._pieces = pieces
         self._sampling: dict[str, Any] = {
             "max_tokens": max_new_tokens,
             "temperature": temperature,
@@ -165,10 +167,10 @@ class VllmEngine:
 
     def _evaluated(self, trajectories: Trajectories) -> Trajectories:
         """Add what the policy itself says of the tokens."""
-        rows = torch.arange(len(trajectories), device=trajectories.mask.device)
+        whole = [torch.arange(len(trajectories), device=trajectories.mask.device)]
         found = [
             self.policy.evaluate(trajectories.select(part), Request(entropy=True))
-            for part in rows.split(self._rows or len(rows))
+            for part in (whole if self._pieces is None else self._pieces(trajectories))
         ]
         return trajectories.replace(
             old_log_prob=torch.cat([one.log_prob for one in found]),

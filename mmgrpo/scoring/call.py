@@ -86,6 +86,7 @@ class Caller:
     def __init__(self, timeout_s: float | None = None) -> None:
         self.timeout_s = timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting = threading.Lock()
 
     def start(self, reward: NamedReward, samples: Sequence[Sample]) -> Callable[[], Outcome]:
         """Return a function that waits for the outcome; an async reward starts right away."""
@@ -131,10 +132,12 @@ class Caller:
         return Outcome(values, failures, error, problem, seconds)
 
     def _schedule(self, work: Awaitable[Any]) -> Future[Any]:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True).start()
-        return asyncio.run_coroutine_threadsafe(_limited(work, self.timeout_s), self._loop)
+        with self._starting:
+            loop = self._loop
+            if loop is None:
+                loop = self._loop = asyncio.new_event_loop()
+                threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(_limited(work, self.timeout_s), loop)
 
     def _wait(self, future: Future[Any]) -> Any:
         if self.timeout_s is None:

@@ -45,6 +45,7 @@ class NamedReward:
         accepts: argument names it takes; None takes all (``**columns``).
         bound: names of its options, which no column may overwrite.
         keeps_time: it limits its own time and must stay in the calling thread.
+        whole_batch: what it says of a group depends on the other groups of the call.
     """
 
     name: str
@@ -55,6 +56,7 @@ class NamedReward:
     accepts: frozenset[str] | None = None
     bound: frozenset[str] = frozenset()
     keeps_time: bool = False
+    whole_batch: bool = False
 
     def takes(self, argument: str) -> bool:
         """Whether the function is called with this argument."""
@@ -95,6 +97,7 @@ def load_reward(spec: str | Callable[..., Any] | Mapping[str, Any]) -> NamedRewa
         accepts=None if takes_all else frozenset(n for n, p in named.items() if p.kind in _NAMED),
         bound=bound,
         keeps_time=bool(getattr(target, "keeps_time", False)),
+        whole_batch=bool(getattr(target, "whole_batch", False)),
     )
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from mmgrpo.errors import ConfigError, RewardError, nearest
-from mmgrpo.protocols import Sample, Scores
+from mmgrpo.protocols import Prompt, Sample, Scores
+from mmgrpo.scoring.ahead import Ahead, separable
 from mmgrpo.scoring.call import Caller, Outcome, is_async
 from mmgrpo.scoring.failures import save_failures
 from mmgrpo.scoring.load import NamedReward
+from mmgrpo.scoring.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +30,10 @@ SEARCH_FLOOR_S = 10.0
 class RewardRunner:
     """Implements :class:`mmgrpo.protocols.Scorer`.
 
-    Each reward is called once with all samples. One that raises, exceeds the time limit, returns
-    NaN or infinity, or the wrong number of values has failed; if the sample at fault is not known,
-    the samples are tried one by one. Then, by ``failure``:
+    Each reward is called once with all samples, or once with each group (:meth:`ahead`). One that
+    raises, exceeds the time limit, returns NaN or infinity, or the wrong number of values has
+    failed; if the sample at fault is not known, the samples are tried one by one. Then, by
+    ``failure``:
 
     - ``stop``: :class:`~mmgrpo.errors.RewardError` names the reward, the sample and the cause.
     - ``drop``: the samples at fault are marked in ``Scores.dropped``, for the trainer to leave
@@ -70,11 +73,26 @@ class RewardRunner:
         self._drops = failure == "drop"
         self._save_dir = save_dir
         self._caller = Caller(timeout_s)
+        self._worker: Worker[Outcome] | None = None
 
     @property
     def weights(self) -> dict[str, float]:
         """Name -> weight in the combined reward."""
         return {reward.name: reward.weight for reward in self.rewards}
+
+    def ahead(self, prompts: Sequence[Prompt]) -> Ahead | None:
+        """Return what takes in the finished groups of a rollout while it goes on.
+
+        None where that would change what rewards see, see :func:`~mmgrpo.scoring.ahead.separable`,
+        or where none is left: a reward that keeps time itself stays in the calling thread, one with
+        the attribute ``whole_batch`` gets all samples at once.
+        """
+        rewards = [r for r in self.rewards if not (r.keeps_time or r.whole_batch)]
+        if not rewards or len(prompts) < 2 or not separable(prompts):
+            return None
+        if self._worker is None:
+            self._worker = Worker()
+        return Ahead(rewards, self._caller, self._worker, self._score)
 
     def score(self, samples: Sequence[Sample], *, step: int) -> Scores:
         """Score all samples with every reward.
@@ -82,11 +100,16 @@ class RewardRunner:
         Raises:
             RewardError: see the class.
         """
+        return self._score(samples, step, {})
+
+    def _score(self, samples: Sequence[Sample], step: int, known: Mapping[str, Outcome]) -> Scores:
+        """Call the rewards whose outcomes are not known, and turn all outcomes into scores."""
         dropped = torch.zeros(len(samples), dtype=torch.bool)
         if not samples:
             nothing = dict.fromkeys(self.weights, torch.zeros(0))
             return Scores(nothing, dropped, dict.fromkeys(self.weights, 0.0))
-        outcomes = self._call_all(samples)
+        missing = [reward for reward in self.rewards if reward.name not in known]
+        outcomes = {**known, **self._call(missing, samples)}
         values = {}
         for reward in self.rewards:
             outcome = outcomes[reward.name]
@@ -97,15 +120,20 @@ class RewardRunner:
                 [math.nan if value is None else value for value in outcome.values or ()],
                 dtype=torch.float32,
             )
-        return Scores(values, dropped, {name: o.seconds for name, o in outcomes.items()})
+        return Scores(values, dropped, {name: outcomes[name].seconds for name in values})
 
     def close(self) -> None:
-        """Stop the event loop of async rewards."""
+        """Stop the event loop of async rewards, and the thread beside the rollout."""
         self._caller.close()
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
 
-    def _call_all(self, samples: Sequence[Sample]) -> dict[str, Outcome]:
+    def _call(
+        self, rewards: Sequence[NamedReward], samples: Sequence[Sample]
+    ) -> dict[str, Outcome]:
         """Async rewards start first and run while the sync ones have this thread."""
-        rewards = sorted(self.rewards, key=is_async, reverse=True)
+        rewards = sorted(rewards, key=is_async, reverse=True)
         waiting = [(reward, self._caller.start(reward, samples)) for reward in rewards]
         return {reward.name: finish() for reward, finish in reversed(waiting)}
 

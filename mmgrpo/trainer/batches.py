@@ -101,6 +101,27 @@ def micro_batches(
     return [rows[torch.tensor(sorted(piece), device=rows.device)] for piece in pieces]
 
 
+def micro_batch_bounds(
+    rows: int, width: int, size: int | None, *, decisions: int | None = None, group: int = 1
+) -> tuple[int, int]:
+    """Return what :func:`micro_batches` makes of full-length rows: rows in a piece, pieces.
+
+    Shorter rows make larger pieces, never more of them.
+
+    Args:
+        rows: rows that are cut.
+        width: most decisions of a row.
+        size: see :func:`micro_batches`.
+        decisions: see :func:`micro_batches`.
+        group: rows that stay together.
+    """
+    most = min(size or rows, rows)
+    if decisions is not None:
+        most = min(most, decisions // width)
+    most = min(rows, max(1, most // group) * group)
+    return most, -(-rows // most)
+
+
 def trained(trajectories: Trajectories, rows: Tensor) -> Trajectories:
     """Select those of ``rows`` that have decisions to train, or a row without any if none has.
 

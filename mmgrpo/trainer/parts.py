@@ -15,6 +15,7 @@ from mmgrpo.core.aggregation import Denominators
 from mmgrpo.core.collective import Collective
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.protocols import (
+    AheadScorer,
     Evaluation,
     Policy,
     PromptSource,
@@ -242,12 +243,14 @@ class State:
 class Collected:
     """Rollouts of one step: row b of ``trajectories`` is ``samples[b]``.
 
-    ``greedy`` has one deterministic sample per group, where the method needs it for a baseline.
+    ``greedy`` has one deterministic sample per group, where the method needs it for a baseline;
+    ``ahead`` has begun to score the samples.
     """
 
     trajectories: Trajectories
     samples: list[Sample]
     greedy: Rollout | None = None
+    ahead: AheadScorer | None = None
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:

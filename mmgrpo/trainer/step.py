@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from mmgrpo.core.groups import group_index, uniform_groups
 from mmgrpo.core.seeding import mix_seed
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import MmgrpoError
-from mmgrpo.protocols import Cost, Request, Sample
+from mmgrpo.protocols import AheadScorer, Cost, Prompt, Request, Sample, Scorer
 from mmgrpo.trainer.batches import (
     choose_groups,
     micro_batches,
@@ -79,7 +80,8 @@ def sample(parts: Parts, state: State, config: Config, report: Report) -> Collec
         prompts = parts.prompts.batch(state.draws, size, rank=rank, world=world)
         seed, first = mix_seed(config.seed, state.draws), state.draws * size + rank * size // world
         state.draws += 1
-        greedy = None
+        greedy, ahead = None, _ahead(parts, prompts, config)
+        announced: dict[str, Any] = {} if ahead is None else {"on_samples": ahead.add}
         with parts.sampling_weights:
             rollout = parts.engine.generate(
                 prompts,
@@ -87,6 +89,7 @@ def sample(parts: Parts, state: State, config: Config, report: Report) -> Collec
                 seed=seed,
                 version=state.updates,
                 iteration=state.step,
+                **announced,
             )
             report.cost(rollout.cost)
             if parts.greedy_engine is not None:
@@ -95,16 +98,19 @@ def sample(parts: Parts, state: State, config: Config, report: Report) -> Collec
     number = {prompt.index: first + place for place, prompt in enumerate(prompts)}
     group = rollout.trajectories.group
     numbered = torch.tensor([number[index] for index in group.tolist()], device=group.device)
-    return Collected(rollout.trajectories.replace(group=numbered), rollout.samples, greedy)
+    return Collected(rollout.trajectories.replace(group=numbered), rollout.samples, greedy, ahead)
 
 
 def score(parts: Parts, collected: Collected, state: State, report: Report) -> Collected:
     """Let every reward look at the samples; a failing reward stops the run or drops the sample."""
     samples, greedy = collected.samples, collected.greedy
     with report.timer("time/reward_s"):
-        trajectories, kept = _reward(parts, collected.trajectories, samples, state, report)
+        scorer = collected.ahead or parts.scorer
+        trajectories, kept = _reward(parts, scorer, collected.trajectories, samples, state, report)
         if greedy is not None:
-            rewarded, valid = _reward(parts, greedy.trajectories, greedy.samples, state, report)
+            rewarded, valid = _reward(
+                parts, parts.scorer, greedy.trajectories, greedy.samples, state, report
+            )
             baseline = parts.method.score(rewarded).masked_fill(~valid, math.nan)
             place, _ = group_index(trajectories.group)
             trajectories = trajectories.replace(baseline_reward=baseline[place])
@@ -242,8 +248,15 @@ def _record(
     return trajectories.replace(**changes)
 
 
+def _ahead(parts: Parts, prompts: Sequence[Prompt], config: Config) -> AheadScorer | None:
+    """What scores groups while the engine is at others, where there is one and it is wanted."""
+    announces = config.speed.overlap_rewards and getattr(parts.engine, "announces", False)
+    return parts.scorer.ahead(prompts) if announces else None
+
+
 def _reward(
     parts: Parts,
+    scorer: Scorer | AheadScorer,
     trajectories: Trajectories,
     samples: Sequence[Sample],
     state: State,
@@ -251,7 +264,7 @@ def _reward(
 ) -> tuple[Trajectories, torch.Tensor]:
     """Return the trajectories with their rewards, and ``[B]`` bool: where no reward failed."""
     step, device = state.step + 1, trajectories.group.device
-    scores = together(parts.collective, lambda: parts.scorer.score(samples, step=step))
+    scores = together(parts.collective, lambda: scorer.score(samples, step=step))
     report.count("count/reward_calls", len(samples))
     report.count("count/dropped_samples", int(scores.dropped.sum()))
     rewards = {name: values.to(device) for name, values in scores.values.items()}

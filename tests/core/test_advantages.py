@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mmgrpo.core import advantages
 from mmgrpo.core.trajectories import Trajectories
+from mmgrpo.methods.components import with_default
 
 BASELINES = {
     "group": advantages.group_baseline,
@@ -38,7 +39,7 @@ def centred(name, rewards, lengths=None):
 def scaled(scale, rewards, groups, *, ddof=1, eps=0.0):
     r, t = tensor(rewards), batch(groups)
     c = r - advantages.group_baseline(r, t)
-    return c / scale(r, c, t, ddof=ddof, eps=eps)
+    return c / with_default(scale, ddof=ddof, eps=eps)(r, c, t)
 
 
 def test_group_z_score_of_the_grpo_card():
@@ -164,9 +165,8 @@ def test_batch_scale_leaves_out_what_does_not_apply():
     assert advantages.batch_scale(lonely, lonely, batch([0, 0]), **options).item() == 1
 
 
-def test_no_scale_ignores_eps():
-    r = tensor([1.0, 0.0])
-    assert advantages.no_scale(r, r, batch([0, 0]), ddof=1, eps=0.1).tolist() == [1, 1]
+def test_no_scale_is_one_whatever_the_eps():
+    assert scaled(advantages.no_scale, [1.0, 0.0], [0, 0], eps=0.1).tolist() == [0.5, -0.5]
 
 
 def test_valid_group_factor_of_the_gpg_card():

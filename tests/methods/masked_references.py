@@ -8,7 +8,10 @@ from preference_references import extremes, softplus
 
 @reference
 def vrpo_llada(b, lp, sg):
-    """Every decision of a paired row; views are averaged, the better row is also supervised."""
+    """Every decision of a paired row; views are averaged, the better row is also supervised.
+
+    Per token: the row has as many as ``tokens`` says.
+    """
 
     def mean(values, i):
         return sum(values[i][t] for t in b.steps[i]) / len(b.steps[i])
@@ -18,7 +21,9 @@ def vrpo_llada(b, lp, sg):
     for w, r in pairs:
         a |= {(w, t): 1.0 for t in b.steps[w]} | {(r, t): -1.0 for t in b.steps[r]}
         score = [mean(lp, i) - mean(b.ref, i) for i in (w, r)]
-        loss += (softplus(-0.2 * (score[0] - score[1])) - 0.005 * mean(lp, w)) / len(pairs)
+        loss += (softplus(-0.2 * (score[0] - score[1])) - 0.05 * mean(lp, w) / b.tokens[w]) / len(
+            pairs
+        )
     return a, loss
 
 

@@ -4,7 +4,16 @@ import statistics
 from math import exp
 
 from method_batches import DIRECTION
-from method_references import clamped, flow_advantage, ppo, reference, spread, z_score
+from method_references import (
+    centre,
+    clamped,
+    flow_advantage,
+    group_mean,
+    ppo,
+    reference,
+    spread,
+    z_score,
+)
 
 
 def errors(b, lp, sg, i, t, *, beta=1.0, level=1.0):
@@ -31,7 +40,9 @@ def awm(b, lp, sg):
     loss = 0.0
     for i, t in b.all:
         d = lp[i][t] - b.old[i][t]
-        loss += ppo(exp(d), a[i], 1.0, 1.0) + d**2 / 8
+        v = [start + d * along for start, along in zip(b.velocity[i][t], DIRECTION, strict=True)]
+        gaps = [(x - y) ** 2 for x, y in zip(v, b.ref_velocity[i][t], strict=True)]
+        loss += ppo(exp(d), a[i], 1.0, 1.0) + d**2 / 8 + 0.001 * statistics.fmean(gaps)
     return spread(b, a), loss / len(b.all)
 
 
@@ -65,15 +76,22 @@ def dgpo(b, lp, sg):
 
 @reference
 def crd(b, lp, sg):
-    a, loss = clamped(z_score(b, 1e-6)), 0.0
+    scale = statistics.pstdev(b.reward) + 1e-6
+    a = clamped({i: x / scale for i, x in centre(b, b.reward, group_mean).items()})
+    loss = 0.0
+
+    def size(values, i, t, beta):
+        """Error of v_old + beta (v - v_old), over its frozen absolute error."""
+        square, absolute = errors(b, values, sg, i, t, beta=beta)
+        return square / max(absolute, 1e-5)
+
     for rows in b.groups:
         for t in {t for i in rows for t in b.steps[i]}:
             there = [i for i in rows if t in b.steps[i]]
-            old = {i: errors(b, lp, sg, i, t, beta=0.0)[0] for i in there}
-            mean = statistics.fmean(old[i] - errors(b, sg, sg, i, t)[0] for i in there)
+            mean = statistics.fmean(size(sg, i, t, 0.0) - size(sg, i, t, 1.0) for i in there)
             middle = statistics.fmean(good(a[i]) for i in there)
             for i in there:
-                rho = old[i] - errors(b, lp, sg, i, t)[0]
+                rho = size(lp, i, t, 0.0) - size(lp, i, t, 1.0)
                 loss += 5 * ((rho - mean) - (good(a[i]) - middle)) ** 2
-                loss += 1e-4 * kl(b, lp, i, t)
+                loss += (1e-4 + good(a[i]) * (0.1 - 1e-4)) * kl(b, lp, i, t)
     return spread(b, a), loss / len(b.all)

@@ -105,7 +105,9 @@ def make_batch(seed=0, dtype=torch.float64, *, on_policy=False, alone=False):
         history_std=std.masked_fill(~known, torch.nan),
     )
     trajectories = trajectories.replace(
-        entropy_weight=field(uniform(size, WIDTH, low=-0.05, high=0.05))
+        entropy_weight=field(uniform(size, WIDTH, low=-0.05, high=0.05)),
+        ref_prediction=field(uniform(*elements, low=-1.0)),
+        tokens=torch.randint(5, 50, (size,), generator=generator).to(dtype),
     )
     log_prob = old if on_policy else old + sign * step
     return Batch(trajectories, field(log_prob))

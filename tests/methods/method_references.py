@@ -30,6 +30,8 @@ class Plain:
     target: list
     sigma: list
     entropy_weight: list
+    tokens: list
+    ref_velocity: list
 
     @classmethod
     def of(cls, trajectories):
@@ -50,6 +52,8 @@ class Plain:
             target=t.target.tolist(),
             sigma=t.sigma.tolist(),
             entropy_weight=t.entropy_weight.tolist(),
+            tokens=t.tokens.tolist(),
+            ref_velocity=t.ref_prediction.tolist(),
         )
 
     @property
@@ -293,11 +297,12 @@ def grpo_guard(b, lp, sg):
 @reference
 def tempflow_grpo(b, lp, sg):
     sample, a, loss = clamped(z_score(b, 1e-4, statistics.pstdev)), {}, 0.0
-    for i, t in b.all:
+    used = [(i, t) for i, t in b.all if sample[i] != 0]
+    for i, t in used:
         a[i, t] = sample[i] * b.std[i][t] / statistics.fmean(b.std[i])
         kl = (lp[i][t] - b.ref[i][t]) ** 2 / 8
         loss += ppo(exp(lp[i][t] - b.old[i][t]), a[i, t], 1e-4, 1e-4) + 0.004 * kl
-    return a, loss / len(b.all)
+    return a, loss / len(used)
 
 
 @reference
@@ -315,38 +320,6 @@ def branch_grpo(b, lp, sg):
     for i, t in b.all:
         loss += ppo(exp(lp[i][t] - b.old[i][t]), a[i, t], 1e-3, 1e-3)
     return a, loss / len(b.all)
-
-
-@reference
-def branch_grpo_mix(b, lp, sg):
-    return branch_grpo(b, lp, sg)
-
-
-@reference
-def branch_grpo_pruned(b, lp, sg):
-    return branch_grpo(b, lp, sg)
-
-
-@reference
-def mix_grpo(b, lp, sg):
-    return dance_grpo(b, lp, sg)
-
-
-@reference
-def mix_grpo_flash(b, lp, sg):
-    return dance_grpo(b, lp, sg)
-
-
-@reference
-def g2rpo(b, lp, sg):
-    """Without strata: one granularity."""
-    return dance_grpo(b, lp, sg)
-
-
-@reference
-def dynamic_treerpo(b, lp, sg):
-    """Without shared decisions, and without predictions to follow: the stand-in has none."""
-    return dance_grpo(b, lp, sg)
 
 
 @reference
@@ -370,6 +343,12 @@ def dance_grpo(b, lp, sg):
     a = clamped(z_score(b, 1e-8))
     terms = [ppo(exp(lp[i][t] - b.old[i][t]), a[i], 1e-4, 1e-4) for i, t in b.all]
     return spread(b, a), sum(terms) / len(terms)
+
+
+# Presets that differ from another only in the rollout, or in what these batches do not have:
+# shared decisions, several granularities, predictions of a best sample.
+REFERENCES |= dict.fromkeys(("branch-grpo-mix", "branch-grpo-pruned"), branch_grpo)
+REFERENCES |= dict.fromkeys(("mix-grpo", "mix-grpo-flash", "g2rpo", "dynamic-treerpo"), dance_grpo)
 
 
 @reference

@@ -61,6 +61,7 @@ def widened(batch, extra=3):
             step_length=pad(t.step_length, GARBAGE),
             entropy_weight=pad(t.entropy_weight, GARBAGE),
             old_prediction=pad(t.old_prediction, GARBAGE),
+            ref_prediction=pad(t.ref_prediction, GARBAGE),
             target=pad(t.target, GARBAGE),
             sigma=pad(t.sigma, GARBAGE),
         ),

@@ -59,3 +59,19 @@ def test_every_object_asked_for_is_in_the_prompt(built):
         counting = [entry.count for entry in wanted.include if entry.count > 1]
         assert bool(counting) == (row["tag"] == "counting")
     assert len(kinds) == 6
+
+
+def test_what_may_be_asked_about_a_picture_is_answered_by_its_prompt(built):
+    """One question, or one for each of two things; an answer is of the prompt, and not given away.
+
+    A place is one of the four that the question lists.
+    """
+    for row in rows(built, "geneval", "train"):
+        two = row["tag"] in ("two_object", "color_attr")
+        assert len(row["questions"]) == 1 + two
+        for question, answer in row["questions"]:
+            assert re.search(rf"\b{answer}\b", row["prompt"])
+            oranges = question == f"What colour is the {answer}?"
+            assert (answer in question) == (row["tag"] == "position" or oranges)
+            names = [entry["class"] for entry in row["include"]]
+            assert any(name in question for name in names) != (row["tag"] == "single_object")

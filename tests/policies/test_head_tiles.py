@@ -4,16 +4,17 @@ import pytest
 import torch
 from fixtures_tokens import (
     TEXT_FAMILIES,
+    gradients,
     image_prompts,
     relative_error,
     text_prompts,
     tiny_text,
     tiny_vision,
     trajectories_of,
+    with_moved_adapter,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmgrpo.policies.adapters import trainable_parameters
 from mmgrpo.policies.autoregressive import AutoregressivePolicy
 from mmgrpo.policies.multimodal import VisionLanguagePolicy
 from mmgrpo.policies.token_evaluator import TokenEvaluator
@@ -29,20 +30,7 @@ ROUNDING = 1e-5
 def make_policy(family="qwen2", *, lora=None, kind=AutoregressivePolicy, **options):
     changes = options.pop("changes", {})
     model = tiny_vision() if kind is VisionLanguagePolicy else tiny_text(family, **changes)
-    policy = kind(model, lora=lora, **options)
-    if lora:  # a fresh adapter changes nothing, and would hide mistakes
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in trainable_parameters(policy.network).values():
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return policy
-
-
-def gradients(policy, evaluation):
-    """Gradient of an uneven sum of log-probabilities and entropies, as a list."""
-    weight = torch.linspace(0.5, 2.0, evaluation.log_prob.numel()).view_as(evaluation.log_prob)
-    loss = (evaluation.log_prob * weight).sum() + 0.3 * (evaluation.entropy * weight).sum()
-    return torch.autograd.grad(loss, list(trainable_parameters(policy.network).values()))
+    return with_moved_adapter(kind(model, lora=lora, **options))
 
 
 CASES = {

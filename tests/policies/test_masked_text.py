@@ -2,15 +2,17 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
 from fixtures_masked import tiny_masked
 from safetensors.torch import save_file
 
-from mmgrpo.core.masked_diffusion import MaskedRule, elbo_views
+from mmgrpo.core.masked_diffusion import MaskedRule, elbo_views, path_views
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import MethodError, ModelError
+from mmgrpo.methods import load_method
 from mmgrpo.policies.llada import convert_llada
 from mmgrpo.policies.masked_text import MaskedTextPolicy
 from mmgrpo.protocols import Prompt, Request
@@ -34,6 +36,15 @@ def policy():
 def draw(policy, *, prompts=PROMPTS, group_size=3, seed=1, **options):
     engine = MaskedEngine(policy, **{"max_new_tokens": WIDTH, **options})
     return engine.generate(prompts, group_size=group_size, seed=seed)
+
+
+def moved(policy, size):
+    """The policy, its weights away from its reference."""
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=noise))
+    return policy
 
 
 def conditionals(policy, prompt, response):
@@ -79,16 +90,38 @@ def test_the_path_is_the_product_of_what_was_sampled(policy):
             torch.testing.assert_close(old[row, token], found, **CLOSE)
 
 
+class Recording(MaskedEngine):
+    """Keeps the log-probability that each token had when it was drawn."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.drawn = 0.0
+
+    def _sample(self, encoded, prompt_row, ids, candidates, uniforms):
+        found, log_prob = super()._sample(encoded, prompt_row, ids, candidates, uniforms)
+        self.drawn = self.drawn + log_prob * candidates
+        return found, log_prob
+
+
+@pytest.mark.parametrize(("steps", "block"), [(4, None), (2, None), (2, 2)])
+def test_the_path_has_the_probabilities_that_it_was_drawn_with(policy, steps, block):
+    engine = Recording(policy, max_new_tokens=WIDTH, num_steps=steps, block=block)
+    found = engine.generate(PROMPTS, group_size=3, seed=1).trajectories
+    torch.testing.assert_close(found.old_log_prob, engine.drawn * found.mask, **CLOSE)
+
+
+@torch.no_grad()
 def test_paths_of_one_order_sum_to_one(policy):
-    """Enumerate all responses of two tokens that are unmasked from right to left."""
-    total = 0.0
-    for first, second in itertools.product(range(11), repeat=2):
-        if policy.mask_id in (first, second):
-            continue
-        late = conditionals(policy, "ab", [-1, -1])[1, second]
-        early = conditionals(policy, "ab", [-1, second])[0, first]
-        total += float((late + early).exp())
-    assert total == pytest.approx(1, abs=1e-5)
+    """Over all responses of two tokens that are unmasked from right to left, without the mask."""
+    tokens = [token for token in range(11) if token != policy.mask_id]
+    responses = torch.tensor(list(itertools.product(tokens, repeat=2)))
+    rows = torch.zeros(len(responses), dtype=torch.int64)
+    views = path_views(torch.tensor([[1, 0]]).expand_as(responses), rows + 2, 2)
+    encoded = policy.encode([Prompt(3, "ab")], max_new_tokens=2)
+    payload = policy.masked_payload(encoded, rows, responses, 1.0, views, by_token=True)
+    every = Trajectories(group=rows, mask=payload.decisions(), payload=payload)
+    total = policy.evaluate(every).log_prob.sum(dim=1).exp().sum()
+    assert total.item() == pytest.approx(1, abs=1e-5)
 
 
 def test_sites_are_each_token_given_the_others(policy):
@@ -125,10 +158,64 @@ def test_the_mean_over_random_views_is_the_elbo(policy):
     assert error < 0.05 * abs(exact)
 
 
-def test_the_worked_elbo():
-    """t .5 with a token of probability .6, t .25 with one of .5: -1.8971 on average."""
-    terms = torch.tensor([0.6, 0.5]).log() * torch.tensor([2.0, 4.0])
-    assert float(terms.mean()) == pytest.approx(-1.8971, abs=1e-4)
+def plain_elbo(policy, trajectories, row, prompt):
+    """``[K]``: L / l times the log-probabilities of the l hidden tokens of each view."""
+    payload = trajectories.payload
+    response, length = payload.response_ids[row].tolist(), ends(payload.response_ids[row])
+    found = []
+    for hidden in payload.hidden[row].tolist():
+        places = [place for place, h in enumerate(hidden) if h]
+        assert 0 < len(places) <= length
+        assert max(places) < length
+        seen = [-1 if h else t for t, h in zip(response, hidden, strict=True)]
+        log_p = conditionals(policy, prompt, seen)
+        scores = [float(log_p[place, response[place]]) for place in places]
+        found.append(length / len(places) * sum(scores))
+    return torch.tensor(found)
+
+
+def ends(ids):
+    """Tokens up to the first end token, which counts."""
+    return ids.tolist().index(8) + 1 if 8 in ids else len(ids)
+
+
+def test_a_view_is_its_hidden_tokens_times_how_rarely_they_hide(policy):
+    rollout = draw(policy, rule=RULES["elbo"])
+    for row, sample in enumerate(rollout.samples):
+        found = plain_elbo(policy, rollout.trajectories, row, sample.prompt.content)
+        torch.testing.assert_close(rollout.trajectories.old_log_prob[row], found, rtol=0, atol=2e-5)
+
+
+def test_vrpo_llada_is_dpo_on_elbos_from_plain_calls():
+    """softplus(-beta (B_w - B_w,ref - B_l + B_l,ref)) - 0.05 B_w / L, B the mean of eight views."""
+    method = load_method("vrpo-llada")
+    policy = moved(MaskedTextPolicy(tiny_masked(), reference="copy"), 0.05)
+    rollout = draw(policy, rule=method.rollout.masked)
+    assert rollout.trajectories.mask.shape == (6, 8)
+    prompts = [sample.prompt.content for sample in rollout.samples]
+
+    def elbos():
+        rows = enumerate(prompts)
+        return [float(plain_elbo(policy, rollout.trajectories, *row).mean()) for row in rows]
+
+    mine = elbos()
+    with policy.reference():
+        reference = elbos()
+        ref_log_prob = policy.evaluate(rollout.trajectories).log_prob
+    losses = []
+    for better, worse in ((1, 2), (3, 5)):
+        margin = mine[better] - reference[better] - mine[worse] + reference[worse]
+        assert abs(margin) > 0.05
+        length = ends(rollout.trajectories.payload.response_ids[better])
+        losses.append(math.log1p(math.exp(-0.2 * margin)) - 0.05 * mine[better] / length)
+    prepared = method.prepare(
+        rollout.trajectories.replace(
+            ref_log_prob=ref_log_prob,
+            rewards={"score": torch.tensor([0.5, 0.9, 0.1, 1.0, 0.6, 0.2])},
+        )
+    )
+    found = method.loss(policy.evaluate(prepared).log_prob, prepared).loss
+    assert found.item() == pytest.approx(sum(losses) / 2, abs=2e-5)
 
 
 def test_a_reference_reads_the_same_views(policy):
@@ -182,11 +269,7 @@ def test_blocks_are_completed_from_left_to_right(policy, order):
 
 def test_the_variance_of_a_preference_falls_as_published(policy):
     """Shared noise far below independent noise; more levels below more masks of one level."""
-    held = MaskedTextPolicy(tiny_masked(), reference="copy")
-    noise = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in held.model.parameters():
-            parameter.add_(0.002 * torch.randn(parameter.shape, generator=noise))
+    held = moved(MaskedTextPolicy(tiny_masked(), reference="copy"), 0.002)
     base = draw(held, prompts=PROMPTS[1:], group_size=1, seed=4).trajectories
     payload, length = base.payload, base.lengths
 

@@ -286,6 +286,30 @@ def test_a_worked_example(judge):
     assert sum(rates) == pytest.approx(4 / 2)
 
 
+def test_dimensions_count_beside_the_whole(judge):
+    """.3 overall + .7 mean of the dimensions; what is not said is half a win."""
+    said = []
+
+    def behave(request):
+        said.append(json.dumps(request))
+        first, second = levels(request)
+        brighter, reddish = 1 + (second > first), 1 + (first > second)
+        return json.dumps({"better": brighter, "style": reddish, "text": brighter})
+
+    judge.behave = behave
+    pictures = [gray(level) for level in (10, 20)]
+    dimensions = {"style": 1.0, "text": 3.0, "layout": 4.0}
+    reward = built(ImageWinRate, judge, dimensions=dimensions)
+    win = 0.3 * 1 + 0.7 * (1 * 0 + 3 * 1 + 4 * 0.5) / 8
+    assert score(reward, pictures, ["x"] * 2) == pytest.approx([1 - win, win])
+    assert all("style, text, layout" in request for request in said)
+    whole = built(ImageWinRate, judge, dimensions=dimensions, share=0.0)
+    assert score(whole, pictures, ["x"] * 2) == [0.0, 1.0]
+    for wrong in ({"share": 1.5}, {"dimensions": {"better": 1}}, {"dimensions": {"a": 0}}):
+        with pytest.raises(ConfigError, match="image_win_rate"):
+            built(ImageWinRate, judge, **wrong)
+
+
 def test_a_picture_without_others_is_level_and_a_dead_judge_is_noticed(judge):
     judge.behave = brighter
     reward = built(ImageWinRate, judge, retries=0)

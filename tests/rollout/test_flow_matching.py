@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fixtures_diffusion import sd15_pipeline
 from fixtures_flow import SIZE
-from flow_drawing import CLOSE, PROMPTS, draw
+from flow_drawing import CLOSE, PROMPTS, STEPS, draw
 
 from mmgrpo.core.diffusion import MatchingRule
+from mmgrpo.core.seeding import generator
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import MethodError
+from mmgrpo.policies.flow import FlowPolicy
 from mmgrpo.protocols import Prompt, Request
+from mmgrpo.rollout.matching import STREAM
 
 DRAWS = MatchingRule(draws=3, times="stratified", shift=3.0)
 SHARED = MatchingRule(draws=3, shared=True)
@@ -147,3 +151,23 @@ def test_what_only_a_denoising_step_has_is_refused(policy, request_):
 
 def test_the_size_of_the_latents_is_that_of_the_images(policy):
     assert draw_matching(policy).payload.shape == policy.family.latent_shape(SIZE, SIZE)
+
+
+def test_a_unet_is_noised_at_the_levels_of_its_timesteps():
+    """Brute force over the scheduler's thousand levels; the network sees the very timestep."""
+    pipe = sd15_pipeline()
+    unet, rule, seen = FlowPolicy(pipe), MatchingRule(draws=4, shift=3.0), []
+    found = draw(unet, kernel="ode", matching=rule).trajectories
+    levels = (1 - pipe.scheduler.alphas_cumprod).sqrt()
+    gap = (found.sigma[..., None] - levels).abs()
+    assert gap.amin(dim=-1).max() < 1e-6
+    schedule = unet.family.schedule(STEPS, height=SIZE, width=SIZE)
+    for row in range(8):
+        name = (STREAM, 1, PROMPTS[row // 4].index, row % 4)
+        asked = rule.sigmas(schedule, generator(*name))
+        nearest = (asked[:, None] - levels).abs().argmin(dim=1)
+        torch.testing.assert_close(found.sigma[row], levels[nearest], rtol=0, atol=1e-6)
+    unet.network.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    with torch.no_grad():
+        unet.evaluate(found)
+    assert torch.equal(torch.cat(seen), gap.argmin(dim=-1).flatten())

@@ -263,17 +263,36 @@ def test_the_engine_keeps_its_own_numbers_and_the_policy_s(policy):
     assert cheap.cost.forwards == 0
 
 
-def test_an_evaluation_in_parts_is_the_whole(policy):
+LIMITS = {
+    "none": ({}, [9]),
+    "rows": ({"trainer.micro_batch_size": 2}, [2, 2, 2, 2, 1]),
+    "decisions": ({"speed.micro_batch_decisions": 4}, [2, 1, 2, 1, 2, 1]),
+    "both": ({"trainer.micro_batch_size": 4, "speed.micro_batch_decisions": 9}, [3, 3, 3]),
+}
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_an_evaluation_in_the_configured_parts_is_the_whole(policy, monkeypatch, case):
+    """Completions of 1, 2 and 3 tokens."""
+    from mmgrpo.config import load_config
+    from mmgrpo.modalities.tokens import vllm_engine
+    from mmgrpo.rollout import vllm_engine as module
+
     def answer(request):
         return [Completion([65 + i, 66, 67][: 1 + i], [-1.0] * (1 + i), True) for i in range(3)]
 
-    found = [
-        VllmEngine(
-            policy, VllmSession(policy, Backend(completions=answer)), max_new_tokens=4, rows=rows
-        ).generate(text_prompts(), group_size=3, seed=0).trajectories
-        for rows in (None, 2)
-    ]  # fmt: skip
-    torch.testing.assert_close(found[0].old_log_prob, found[1].old_log_prob)
+    seen, evaluate = [], policy.evaluate
+    session = VllmSession(policy, Backend(completions=answer))
+    monkeypatch.setitem(module._SESSIONS, policy, session)
+    limits, sizes = LIMITS[case]
+    config = load_config("quickstart/text", [f"{key}={value}" for key, value in limits.items()])
+    engine = vllm_engine(policy, config, "train", {"max_new_tokens": 4})
+    monkeypatch.setattr(
+        policy, "evaluate", lambda part, *rest: seen.append(len(part)) or evaluate(part, *rest)
+    )
+    found = engine.generate(text_prompts(), group_size=3, seed=0).trajectories
+    assert seen == sizes
+    torch.testing.assert_close(found.old_log_prob, evaluate(found).log_prob)
 
 
 # -- how it is started ----------------------------------------------------------------------------
@@ -295,6 +314,27 @@ def test_the_user_s_options_join_what_is_fixed():
     assert "--enforce-eager" in flags
     assert "--host h --port 7" in text
     assert "--no-enforce-eager" in server_flags({"enforce_eager": False}, host="h", port=7)
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (17, 32), (64, 64), (512, 512)])
+def test_an_adapter_gets_the_least_room_that_holds_it(rank, room):
+    assert arguments(lora_rank=rank)["max_lora_rank"] == room
+    assert "max_lora_rank" not in arguments()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "beside", "usual"),
+    [
+        (True, True, {"gpu_memory_utilization": 0.4, "enable_sleep_mode": True}),
+        (True, False, {}),
+        (False, True, {"enforce_eager": True, "enable_chunked_prefill": False}),
+    ],
+)
+def test_the_user_s_options_go_before_the_usual_ones(monkeypatch, gpu, beside, usual):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert usual.items() <= arguments(beside_trainer=beside).items()
+    for name in usual:
+        assert arguments(beside_trainer=beside, options={name: "mine"})[name] == "mine"
 
 
 @pytest.mark.parametrize(

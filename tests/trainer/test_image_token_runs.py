@@ -3,13 +3,17 @@
 import json
 
 import pytest
+import torch
+from fixtures_janus import CELLS, janus_parts, save_janus
 from fixtures_runs import document, merged, metrics_of, weight_bytes
+from safetensors.torch import load_file
 
 from mmgrpo import build
 from mmgrpo.api import infer_modality
 from mmgrpo.config import load_config
 from mmgrpo.config.image_layout import FILE
 from mmgrpo.errors import ModelError, RewardError
+from mmgrpo.policies.janus import write_layout
 from mmgrpo.trainer import checkpoint
 
 CONTROL = {"entropy_control": {"targets": [3.0, 2.0], "learning_rate": 0.01, "limit": 0.5}}
@@ -75,6 +79,19 @@ def test_self_answers_reward_the_model(models, tmp_path):
     assert rows[0]["reward/self_answer"] == 0.0  # a random model never says "x"
 
 
+def test_answers_train_like_the_pictures_they_are_about(models, tmp_path):
+    """Several updates and micro-batches of a rollout whose rows hold pictures and answers."""
+    rollout = {"ask_questions": True, "train_answers": True, "max_answer_tokens": 3}
+    changes = {"method": "simplear", "trainer": {"steps": 2, "minibatches": 2}, "rollout": rollout}
+    one = run(models, tmp_path / "one", **changes)
+    cut = run(models, tmp_path / "cut", **merged(changes, {"trainer": {"micro_batch_size": 3}}))
+    for first, second in zip(one, cut, strict=True):
+        assert first["ratio/first_max_deviation"] < 1e-5
+        assert first["length/mean"] > 6 + 2  # two questions, and answers of a token or more
+        for name in ("loss", "grad_norm", "kl"):
+            assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-9), name
+
+
 def test_a_run_leaves_a_folder_that_trains_again(models, tmp_path):
     run(models, tmp_path / "run", model={"plan_tokens": 3, "lora": {"rank": 2}}, method="simplear",
         trainer={"steps": 1}, eval={"samples": 2})  # fmt: skip
@@ -86,6 +103,24 @@ def test_a_run_leaves_a_folder_that_trains_again(models, tmp_path):
     model = {"path": str(newest / "hf")}
     again = run(models, tmp_path / "again", model=model, trainer={"steps": 1})
     assert again[0]["reward/mean"] > 0
+
+
+def test_a_janus_trains_from_its_published_folder(models, tmp_path):
+    folder = save_janus(janus_parts(), tmp_path / "janus")
+    write_layout(folder, prompt_format="{prompt}")
+    assert infer_modality(folder) == "image_tokens"
+    model = {"path": str(folder), "plan_tokens": 3}
+    rows = run(models, tmp_path / "run", model=model, trainer={"steps": 2})
+    assert rows[0]["ratio/first_max_deviation"] < 1e-5
+    assert rows[0]["grad_norm"] > 0
+    newest = max((tmp_path / "run" / "checkpoints").glob("step_*"))
+    trained, before = (load_file(f / "model.safetensors") for f in (newest / "hf", folder))
+    assert trained.keys() == before.keys()
+    head = "model.generation_head.vision_head.weight"
+    assert not torch.equal(trained[head], before[head])
+    again = run(models, tmp_path / "again", model={"path": str(newest / "hf")},
+                trainer={"steps": 1})  # fmt: skip
+    assert again[0]["length/mean"] > CELLS
 
 
 def test_the_folder_says_what_it_is(models):

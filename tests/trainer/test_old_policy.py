@@ -87,16 +87,18 @@ def test_the_average_draws_the_samples_where_the_method_says_so(models, tmp_path
 
 
 def test_what_is_recorded_under_which_weights(models, tmp_path):
-    for name, samples in (("diffusion-nft", True), ("awm", False)):
+    """The old policy's numbers once where it drew the samples; the reference's beside them."""
+    for name, samples, calls in (("diffusion-nft", True, 2), ("awm", False, 3)):
         parts, config = assemble(models, tmp_path / name, name)
         shake(parts)
         report = Report()
         plain = collect(parts, State(), config, report).trajectories
         before = parts.policy.forwards
         found = credit(parts, plain, config, report)
-        reference = name == "diffusion-nft"
-        assert parts.policy.forwards - before == 2  # both once, beside the reference or apart
-        assert (found.ref_prediction is not None) == reference
+        assert parts.policy.forwards - before == calls
+        with torch.no_grad(), parts.policy.reference():
+            reference = parts.policy.evaluate(plain, Request(prediction=True))
+        assert torch.equal(found.ref_prediction, reference.prediction)
         with torch.no_grad():
             last = parts.policy.evaluate(plain, Request(prediction=True))
             with parts.old.applied():

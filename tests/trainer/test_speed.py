@@ -19,11 +19,14 @@ from mmgrpo.trainer.step import train_step
 
 SWITCHES = {
     "share_prompts": False,
+    "pack": False,
     "head_tile_rows": 0,
     "fast_decoding": False,
+    "fast_layers": False,
     "max_rows": 3,
     "micro_batch_decisions": 20,
     "skip_idle": False,
+    "overlap_rewards": False,
 }
 ROUNDING = 2e-4
 """What other orders of the same sums may change of a metric in two steps."""

@@ -16,7 +16,7 @@ from mmgrpo.config import load_config
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.methods import load_method
 from mmgrpo.policies.flow import FlowPolicy
-from mmgrpo.policies.flow_families.base import Family
+from mmgrpo.policies.flow_families.base import GuidedFamily
 from mmgrpo.protocols import Evaluation, Request
 from mmgrpo.rollout.flow import FlowEngine
 
@@ -71,12 +71,12 @@ def test_whole_numbers_as_timesteps(models, tmp_path, monkeypatch):
     """``int(1000 sigma)`` in the update: the network sees another noise level."""
 
     def whole(policy, patch):
-        real = Family.velocity
+        real = GuidedFamily.velocity
 
         def velocity(family, network, latents, sigma, *rest, **options):
             return real(family, network, latents, (1000 * sigma).int() / 1000, *rest, **options)
 
-        patch.setattr(Family, "velocity", velocity)
+        patch.setattr(GuidedFamily, "velocity", velocity)
 
     in_training(monkeypatch, whole)
     said, _ = run(models, tmp_path / "run")
@@ -98,12 +98,12 @@ def test_prompts_tiled_instead_of_repeated(models, tmp_path, monkeypatch):
 
 def test_the_negative_prompt_missing_in_the_update(models, tmp_path, monkeypatch):
     def forget(policy, patch):
-        real = Family.velocity
+        real = GuidedFamily.velocity
 
         def velocity(family, *rest, **options):
             return real(family, *rest, **{**options, "negative": None})
 
-        patch.setattr(Family, "velocity", velocity)
+        patch.setattr(GuidedFamily, "velocity", velocity)
 
     in_training(monkeypatch, forget)
     said, _ = run(models, tmp_path / "run", rollout=GUIDED)
@@ -113,12 +113,12 @@ def test_the_negative_prompt_missing_in_the_update(models, tmp_path, monkeypatch
 
 def test_another_guidance_in_the_update(models, tmp_path, monkeypatch):
     def weaker(policy, patch):
-        real = Family.velocity
+        real = GuidedFamily.velocity
 
         def velocity(family, *rest, **options):
             return real(family, *rest, **{**options, "guidance": 3.9})
 
-        patch.setattr(Family, "velocity", velocity)
+        patch.setattr(GuidedFamily, "velocity", velocity)
 
     in_training(monkeypatch, weaker)
     said, _ = run(models, tmp_path / "run", rollout=GUIDED)

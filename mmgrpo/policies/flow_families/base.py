@@ -7,6 +7,7 @@ packed packs them itself.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,7 +33,7 @@ LORA_TARGETS = (
 """Attention projections of image and text tokens: Flow-GRPO's choice (arXiv:2505.05470)."""
 
 
-class Family:
+class Family(ABC):
     """A pipeline seen as a field of velocities, or of predicted noise, over latents.
 
     Attributes:
@@ -79,6 +80,7 @@ class Family:
 
     def check_prompt_length(self, max_length: int | None) -> None:
         """Refuse a length that prompts of this model cannot have; raises ConfigError."""
+        del max_length  # any will do
 
     def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """Return ``[N, ...]``: clean latents at noise levels ``[N]``, as the model was trained."""
@@ -101,11 +103,11 @@ class Family:
             encoder.to(device)
         return self.embed(text, device=device, max_length=max_length)
 
+    @abstractmethod
     def embed(
         self, text: str, *, device: torch.device, max_length: int | None
     ) -> dict[str, Tensor]:
         """Do what :meth:`encode` promises, with the text encoders in place."""
-        raise NotImplementedError
 
     @property
     def text_encoders(self) -> list[nn.Module]:
@@ -113,6 +115,7 @@ class Family:
         parts = self.pipe.components.items()
         return [part for name, part in parts if name.startswith("text_encoder") and part]
 
+    @abstractmethod
     def velocity(
         self,
         network: nn.Module,
@@ -126,7 +129,6 @@ class Family:
         """Return ``[N, C, h, w]`` float32, guided: a velocity, or the noise for diffusion models.
 
         One call of the network.
-        Guidance that compares with a negative prompt runs both halves in one batch.
 
         Args:
             network: the pipeline's network, with or without adapters and wrappers.
@@ -136,40 +138,19 @@ class Family:
             guidance: guidance scale.
             negative: name -> ``[1, ...]`` where :meth:`needs_negative` says so.
         """
-        if negative is None:
-            return self.forward(network, latents, sigma, conditioning)
-        both = {
-            name: torch.cat([negative[name].expand_as(value), value])
-            for name, value in conditioning.items()
-        }
-        out = self.forward(network, torch.cat([latents] * 2), torch.cat([sigma] * 2), both)
-        unconditional, conditional = out.chunk(2)
-        return self.guided(unconditional, conditional, guidance)
 
-    def guided(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
-        """Return the guided prediction of the two halves."""
-        return unconditional + guidance * (conditional - unconditional)
+    @abstractmethod
+    def needs_negative(self, guidance: float) -> bool:
+        """Whether guidance of that scale takes a second, negative prompt.
 
-    def forward(
-        self, network: nn.Module, latents: Tensor, sigma: Tensor, conditioning: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Return the prediction without guidance; arguments as of :meth:`velocity`."""
-        raise NotImplementedError
+        Raises:
+            ConfigError: the model has no guidance of that scale.
+        """
 
     def present_targets(self) -> list[str]:
         """Return the default LoRA targets that this network has."""
         names = [f".{name}" for name, _ in self.network.named_modules()]
         return [t for t in self.lora_targets if any(name.endswith(f".{t}") for name in names)]
-
-    def needs_negative(self, guidance: float) -> bool:
-        """Whether guidance takes a second, negative prompt, as it does above 1.
-
-        Raises:
-            ConfigError: the model has no guidance of that scale.
-        """
-        if guidance < 1:
-            raise ConfigError(f"guidance_scale must be at least 1 (1: none); got {guidance}.")
-        return guidance > 1
 
     @property
     def scale(self) -> int:
@@ -248,6 +229,51 @@ class Family:
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         latents: Tensor = (found - shift) * vae.config.scaling_factor
         return latents
+
+
+class GuidedFamily(Family):
+    """A family whose guidance compares with a negative prompt (arXiv:2207.12598)."""
+
+    def velocity(
+        self,
+        network: nn.Module,
+        latents: Tensor,
+        sigma: Tensor,
+        conditioning: Mapping[str, Tensor],
+        *,
+        guidance: float,
+        negative: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        """Return the guided prediction; both halves run in one batch."""
+        if negative is None:
+            return self.forward(network, latents, sigma, conditioning)
+        both = {
+            name: torch.cat([negative[name].expand_as(value), value])
+            for name, value in conditioning.items()
+        }
+        out = self.forward(network, torch.cat([latents] * 2), torch.cat([sigma] * 2), both)
+        unconditional, conditional = out.chunk(2)
+        return self.guided(unconditional, conditional, guidance)
+
+    def guided(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
+        """Return the guided prediction of the two halves."""
+        return unconditional + guidance * (conditional - unconditional)
+
+    @abstractmethod
+    def forward(
+        self, network: nn.Module, latents: Tensor, sigma: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return the prediction without guidance; arguments as of :meth:`velocity`."""
+
+    def needs_negative(self, guidance: float) -> bool:
+        """Whether guidance takes a second, negative prompt, as it does above 1.
+
+        Raises:
+            ConfigError: the model has no guidance of that scale.
+        """
+        if guidance < 1:
+            raise ConfigError(f"guidance_scale must be at least 1 (1: none); got {guidance}.")
+        return guidance > 1
 
 
 def _check_scheduler(scheduler: Any) -> None:

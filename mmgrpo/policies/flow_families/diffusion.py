@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmgrpo.core.diffusion import DIFFUSION, Process
 from mmgrpo.errors import ConfigError, ModelError, nearest
-from mmgrpo.policies.flow_families.base import Family
+from mmgrpo.policies.flow_families.base import GuidedFamily
 
 PREDICTIONS = ("epsilon", "v_prediction")
 """What the network may predict; v (arXiv:2202.00512) is turned into noise."""
@@ -19,7 +19,7 @@ UNSUPPORTED = ("clip_sample", "thresholding", "use_karras_sigmas", "use_beta_sig
 """Options that would change a scheduler's steps."""
 
 
-class DiffusionFamily(Family):
+class DiffusionFamily(GuidedFamily):
     """A variance-preserving latent diffusion model with a UNet.
 
     Whatever sampler the pipeline brings, the steps are DDIM's on its timesteps, as in DDPO's

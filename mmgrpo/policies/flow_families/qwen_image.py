@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mmgrpo.errors import ModelError
-from mmgrpo.policies.flow_families.base import Family
+from mmgrpo.policies.flow_families.base import GuidedFamily
 from mmgrpo.policies.flow_families.packing import pack, unpack
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ DEFAULT_TOKENS = 512
 """Length of a prompt in a plain call of the pipeline; shorter ones are masked."""
 
 
-class QwenImage(Family):
+class QwenImage(GuidedFamily):
     """``QwenImagePipeline``."""
 
-    components: ClassVar[tuple[str, ...]] = (*Family.components, "text_encoder", "tokenizer")
+    components: ClassVar[tuple[str, ...]] = (*GuidedFamily.components, "text_encoder", "tokenizer")
     uniform_grid: ClassVar[bool] = True
     patch = 2
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from mmgrpo.errors import ConfigError
-from mmgrpo.policies.flow_families.base import Family
+from mmgrpo.policies.flow_families.base import GuidedFamily
 
 
-class SD3(Family):
+class SD3(GuidedFamily):
     """``StableDiffusion3Pipeline``."""
 
     components: ClassVar[tuple[str, ...]] = (
-        *Family.components, "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2",
+        *GuidedFamily.components, "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2",
     )  # fmt: skip
 
     def __init__(self, pipe: Any) -> None:

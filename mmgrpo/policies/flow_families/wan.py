@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmgrpo.errors import ConfigError, ModelError
-from mmgrpo.policies.flow_families.base import Family
+from mmgrpo.policies.flow_families.base import GuidedFamily
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,11 +21,11 @@ DECODED_PIXELS = 2**22
 """Pixels of all frames of one decoder call; its activations take a hundred times their size."""
 
 
-class Wan(Family):
+class Wan(GuidedFamily):
     """``WanPipeline``."""
 
     modality: ClassVar[str] = "video"
-    components: ClassVar[tuple[str, ...]] = (*Family.components, "text_encoder", "tokenizer")
+    components: ClassVar[tuple[str, ...]] = (*GuidedFamily.components, "text_encoder", "tokenizer")
     lora_targets: ClassVar[tuple[str, ...]] = tuple(
         f"attn{number}.{name}" for number in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")
     )
