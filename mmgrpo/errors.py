@@ -34,7 +34,7 @@ class ConfigError(UsageError):
 
 
 class MissingResourceError(ConfigError):
-    """Weights or a server that the configuration names are not there (yet)."""
+    """Weights, a server or a program that the configuration names are not there (yet)."""
 
 
 class DataError(UsageError):

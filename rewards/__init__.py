@@ -31,6 +31,7 @@ REWARDS: dict[str, str] = {
     "image_pickscore": "mmgrpo.rewards.image_pickscore:ImagePickscore",
     "image_reward": "mmgrpo.rewards.image_reward:ImageReward",
     "image_shapes": "mmgrpo.rewards.image_shapes:ImageShapes",
+    "image_templates": "mmgrpo.rewards.image_templates:ImageTemplates",
     "image_win_rate": "mmgrpo.rewards.image_win_rate:ImageWinRate",
     "length_penalty": "mmgrpo.rewards.length_penalty:LengthPenalty",
     "mask_tokens": "mmgrpo.rewards.mask_tokens:MaskTokens",

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmgrpo.errors import ConfigError, UsageError, nearest
+from mmgrpo.errors import ConfigError, MissingResourceError, nearest
 
 from .text import text_of
 
@@ -57,7 +57,7 @@ class ImageOcr:
 
     Raises:
         ConfigError: an unknown ``match``, or a language that is not installed.
-        UsageError: the program tesseract is not installed.
+        MissingResourceError: the program tesseract is not installed.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ def _as_png(image: Image.Image) -> bytes:
 def _find_binary() -> str:
     path = shutil.which(BINARY)
     if path is None:
-        raise UsageError(
+        raise MissingResourceError(
             "image_ocr: the program tesseract is not installed: `apt install tesseract-ocr` "
             "(Debian, Ubuntu) or `brew install tesseract` (macOS)."
         )

@@ -100,18 +100,18 @@ def geneval() -> Iterator[Row]:
             things = [_thing(one), _thing(other)]
             both = f"{_article(one)} and {_article(other)}"
             pairs = ((one, other), (other, one))
-            asked = [[f"What is there beside the {a}?", b] for a, b in pairs]
-            yield _scene("two_object", both, things, *asked)
+            beside = [[f"What is there beside the {a}?", b] for a, b in pairs]
+            yield _scene("two_object", both, things, *beside)
             where = PLACES[(place + step) % len(PLACES)]
             placed = [_thing(other), _thing(one, position=[where, 0])]
-            asked = [[f"Where is the {one}: {', '.join(PLACES)} the {other}?", where]]
+            asked = [f"Where is the {one}: {', '.join(PLACES)} the {other}?", where]
             words = f"{_article(one)} {where} {_article(other)}"
-            yield _scene("position", words, placed, *asked)
+            yield _scene("position", words, placed, asked)
             first, second = COLOURS[place % 10], COLOURS[(place + step) % 10]
             worded = f"{_article(f'{first} {one}')} and {_article(f'{second} {other}')}"
             coloured = [_thing(one, color=first), _thing(other, color=second)]
-            asked = [_colour_of(one, first), _colour_of(other, second)]
-            yield _scene("color_attr", worded, coloured, *asked)
+            colours = _colour_of(one, first), _colour_of(other, second)
+            yield _scene("color_attr", worded, coloured, *colours)
 
 
 def scenes() -> Iterator[Row]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import DataError
-from mmgrpo.protocols import Cost, Prompt, Rollout, Sample
+from mmgrpo.protocols import Cost, OnSamples, Prompt, Rollout, Sample
 from mmgrpo.rollout.autoregressive import AutoregressiveEngine, TokenPolicy
 
 QUESTIONS = "questions"
@@ -81,7 +81,6 @@ class ImageTokenEngine(AutoregressiveEngine):
     """
 
     policy: DrawingPolicy
-    announces = False  # a group is complete when its questions are answered, after all pictures
 
     def __init__(
         self,
@@ -106,6 +105,8 @@ class ImageTokenEngine(AutoregressiveEngine):
         """
         super().__init__(policy, max_new_tokens=policy.layout.room, **sampling)
         self._answerer = policy.answering() if ask_questions or train_answers else None
+        # With questions, a group is complete when they are answered, after all pictures.
+        self.announces = self._answerer is None
         self._train_answers = train_answers
         self._answer_room = max_answer_tokens
 
@@ -118,15 +119,18 @@ class ImageTokenEngine(AutoregressiveEngine):
         seed: int,
         version: int = 0,
         iteration: int = 0,
+        on_samples: OnSamples | None = None,
     ) -> Rollout:
         """Draw ``group_size`` pictures per prompt, and let the model answer about them.
+
+        ``on_samples`` gets each group when its last picture is complete, where nothing is asked.
 
         Raises:
             DataError: a prompt that cannot be used, or has no questions where they are asked.
         """
-        rollout = super().generate(
-            prompts, group_size=group_size, seed=seed, version=version, iteration=iteration
-        )
+        options = {"group_size": group_size, "seed": seed, "version": version}
+        told = on_samples if self.announces else None
+        rollout = super().generate(prompts, **options, iteration=iteration, on_samples=told)
         if self._answerer is None:
             return rollout
         names = [(prompt.index, member) for prompt in prompts for member in range(group_size)]

@@ -142,7 +142,8 @@ class MaskedEngine:
         length = self._lengths(ids)
         if self.rule.likelihood != "path":  # what follows the end was never looked at
             ended = torch.arange(self.room, device=device) >= length[:, None]
-            ids = torch.where(ended, self.policy.eos_ids[0], ids)
+            for eos in self.policy.eos_ids[:1]:  # a model without one never ends
+                ids = torch.where(ended, eos, ids)
         views = self._views(step, length, [(seed, *stream) for stream in streams])
         by_token = self.rule.likelihood != "elbo"
         payload = self.policy.masked_payload(

@@ -381,3 +381,12 @@ def test_llada_s_weights_become_a_llama(tmp_path):
     with pytest.raises(ModelError, match="include_bias"):
         convert_llada(source, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_model_without_an_end_writes_to_the_last_place(name, monkeypatch):
+    policy = MaskedTextPolicy(tiny_masked())
+    monkeypatch.setattr(type(policy), "eos_ids", ())
+    trajectories = draw(policy, rule=RULES[name]).trajectories
+    assert trajectories.truncated.all()
+    assert trajectories.old_log_prob.isfinite().all()

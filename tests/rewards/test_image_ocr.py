@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
-from mmgrpo.errors import ConfigError, UsageError
+from mmgrpo.errors import ConfigError, MissingResourceError
 from mmgrpo.rewards.image_ocr import (
     SIMILARITIES,
     ImageOcr,
@@ -91,7 +91,8 @@ def test_a_prompt_without_quotation_is_our_failure():
 
 def test_a_missing_program_is_one_sentence_at_the_start(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UsageError, match=r"tesseract-ocr.*brew install tesseract") as raised:
+    expected = r"tesseract-ocr.*brew install tesseract"
+    with pytest.raises(MissingResourceError, match=expected) as raised:
         ImageOcr()
     assert raised.value.exit_code == 2
     assert "\n" not in str(raised.value)

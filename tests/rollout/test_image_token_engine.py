@@ -109,3 +109,19 @@ def test_who_is_not_asked_says_nothing_and_questions_are_needed():
         prompts = [Prompt(0, "a cat", columns=columns, source="data.jsonl:1")]
         with pytest.raises(DataError, match=r"data.jsonl:1: rollout.ask_questions needs the col"):
             draw(engine_of(ask_questions=True), prompts)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_rows": 3}])
+def test_groups_are_told_of_where_nothing_is_asked(options):
+    told = []
+    engine = engine_of(3, **options)
+    assert engine.announces
+    rollout, plain = draw(engine, on_samples=told.append), draw(engine)
+    assert [len(group) for group in told] == [5, 5]
+    order = {4: 0, 9: 1}
+    told.sort(key=lambda group: order[group[0].prompt.index])
+    for found in ([s for group in told for s in group], rollout.samples):
+        for one, two in zip(found, plain.samples, strict=True):
+            assert one.completion == two.completion
+            assert one.image.tobytes() == two.image.tobytes()
+    assert not engine_of(0, ask_questions=True).announces
