@@ -14,9 +14,7 @@ PROMPTS = [Prompt(4, "draw 42"), Prompt(9, "red circle")]
 STEPS = 6
 
 
-def draw(
-    policy, *, prompts=PROMPTS, group_size=4, seed=1, iteration=0, on_samples=None, **options
-):
+def draw(policy, *, prompts=PROMPTS, group_size=4, seed=1, iteration=0, on_samples=None, **options):
     engine = FlowEngine(
         policy, **{"num_steps": STEPS, "height": SIZE, "width": SIZE, "decode": False, **options}
     )

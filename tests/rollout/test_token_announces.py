@@ -21,7 +21,7 @@ def policy():
 
 def generate(policy, on_samples=None, **options):
     engine = AutoregressiveEngine(policy, max_new_tokens=ROOM, **options)
-    return engine.generate(PROMPTS, group_size=GROUP, seed=3, on_samples=on_samples)
+    return engine.generate(PROMPTS, group_size=GROUP, seed=9, on_samples=on_samples)
 
 
 def written(sample):
@@ -35,7 +35,9 @@ def test_announcing_changes_no_sample_and_no_decision(policy, options):
     assert [written(s) for s in told.samples] == [written(s) for s in plain.samples]
     assert torch.equal(told.trajectories.old_log_prob, plain.trajectories.old_log_prob)
     assert torch.equal(told.trajectories.mask, plain.trajectories.mask)
-    assert sorted(group[0].prompt.index for group in groups) == [2, 5, 9]
+    ended = [group[0].prompt.index for group in groups]
+    assert sorted(ended) == [2, 5, 9]
+    assert ended != [5, 2, 9] or options == {"max_rows": 1}, "the case shows nothing: all in order"
     assert all([s.prompt.index for s in group] == [group[0].prompt.index] * 3 for group in groups)
     named = {group[0].prompt.index: group for group in groups}
     announced = [sample for prompt in PROMPTS for sample in named[prompt.index]]

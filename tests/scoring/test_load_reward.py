@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmgrpo.errors import ConfigError
+from mmgrpo.errors import ConfigError, MissingResourceError
 from mmgrpo.registry import load_target
 from mmgrpo.rewards import REWARDS
 from mmgrpo.scoring import check_modality, load_reward, load_rewards
@@ -38,15 +38,18 @@ def test_a_name_of_the_package():
 
 
 @pytest.mark.parametrize("name", sorted(REWARDS))
-def test_every_reward_of_the_package_loads_or_names_the_option_it_cannot_do_without(name):
+def test_every_reward_of_the_package_loads_or_names_what_it_cannot_do_without(name):
     target = load_target(REWARDS[name])
     parameters = inspect.signature(target).parameters.values() if inspect.isclass(target) else ()
     required = [p.name for p in parameters if p.default is p.empty]
     if required:
         with pytest.raises(ConfigError, match=required[0]):
             load_reward(name)
-    else:
+        return
+    try:
         assert load_reward(name).name == name
+    except MissingResourceError as missing:  # a program that is not installed here
+        assert str(missing).startswith(f"{name}: ")
 
 
 def test_a_file_and_a_function():
