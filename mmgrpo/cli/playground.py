@@ -11,7 +11,7 @@ import typer
 def build(
     task: Annotated[
         str,
-        typer.Argument(help="text, vision, image, image_tokens, image_scales, video or all."),
+        typer.Argument(help="A task of the playground, such as text, image or shapes; or all."),
     ] = "all",
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Each task gets a folder of its name in it.")

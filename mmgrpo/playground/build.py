@@ -15,6 +15,7 @@ TASKS = {
     "image_tokens": "mmgrpo.playground.image_tokens:build_image_tokens",
     "image_scales": "mmgrpo.playground.image_scales:build_image_scales",
     "masks": "mmgrpo.playground.masks:build_masks",
+    "shapes": "mmgrpo.playground.shapes:build_shapes",
     "masked_text": "mmgrpo.playground.masked_text:build_masked_text",
     "video": "mmgrpo.playground.video:build_video",
 }

@@ -1,4 +1,4 @@
-"""Flow matching of the playground's Stable Diffusion 3 pipeline, on prompts and pictures."""
+"""Flow matching of the playground's Stable Diffusion 3 pipelines, on prompts and pictures."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from mmgrpo.playground.flow_pretraining import Pretraining, Progress, fit, matching_loss
-from mmgrpo.playground.image_model import DEFAULT_T5_TOKENS, encode_prompts
+from mmgrpo.playground.image_model import DEFAULT_T5_TOKENS, NUM_T5_TOKENS, encode_prompts
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]
-"""From indices of prompts ``[B]`` to pictures ``[B, channels, height, width]`` in [-1, 1]."""
+"""From indices of prompts ``[B]`` to pictures as latents ``[B, channels, height, width]``.
+
+The pipeline's shift and scale are not applied: where its autoencoder copies, these are pixels in
+[-1, 1].
+"""
 
 
 def flow_matching_loss(
@@ -56,6 +60,7 @@ def train_transformer(
     draw: Draw,
     *,
     seed: int,
+    num_t5_tokens: int = NUM_T5_TOKENS,
     progress: Progress | None = None,
 ) -> None:
     """Trains the pipeline's transformer in place.
@@ -66,10 +71,11 @@ def train_transformer(
         prompts: What it is asked for; the last is the empty prompt, which nothing is drawn for.
         draw: Draws pictures for prompts.
         seed: Fixes the batches.
+        num_t5_tokens: As in the design.
         progress: Receives a line of text now and then.
     """
     generator = torch.Generator().manual_seed(seed)
-    states, pooled = encode_prompts(pipeline, prompts)
+    states, pooled = encode_prompts(pipeline, prompts, num_t5_tokens)
     vae, nothing = pipeline.vae.config, len(prompts) - 1
 
     def loss(padded: bool) -> Tensor:
