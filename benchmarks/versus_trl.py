@@ -63,8 +63,8 @@ MEMORY = [
     Case(256, 512, 37984, prompts=1),
 ]
 """The logits of all completions together: 2.5 GB in the first, a quarter of that in the others."""
-LOGIT_COPIES = {"TRL best settings": 8, "mmgrpo": 0}
-"""How many times a system holds all logits in float32, rounded up, to tell what will not fit."""
+NEEDED_GIB = {"TRL best settings": 7, "mmgrpo": 2}
+"""What a process of ``MEMORY`` takes in all, rounded up from what was measured."""
 
 
 def fixed_batch(case: Case) -> dict[str, Any]:
@@ -141,23 +141,21 @@ def refusal(case: Case, name: str, available: int) -> str | None:
 
     Args:
         case: a row of ``MEMORY``.
-        name: a key of ``LOGIT_COPIES``.
+        name: a key of ``NEEDED_GIB``.
         available: bytes of memory that are free.
     """
-    logits = 4 * case.prompts * GROUP * case.completion * case.vocabulary
-    needed = 2**30 + LOGIT_COPIES[name] * logits
-    if needed <= available:
+    if NEEDED_GIB[name] * 2**30 <= available:
         return None
     return (
-        f"{case}: {name} is skipped, for it needs about {needed / 2**30:.0f} GiB of memory and "
-        f"{available / 2**30:.0f} GiB are free."
+        f"{case}: {name} is skipped, for it needs about {NEEDED_GIB[name]} GiB of memory and "
+        f"{available / 2**30:.1f} GiB are free."
     )
 
 
 def print_memory(threads: int) -> None:
     """Measure the peaks of ``MEMORY`` one after the other, those that fit."""
     for number, case in enumerate(MEMORY, start=len(CASES)):
-        for name in LOGIT_COPIES:
+        for name in NEEDED_GIB:
             reason = refusal(case, name, psutil.virtual_memory().available)
             peak = None if reason else peak_memory(number, name, threads)
             shown = "not measured" if peak is None else f"{peak:.0f} MiB"

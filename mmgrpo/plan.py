@@ -259,12 +259,18 @@ def checkpointing(
         logits=min(tile, rows * width * shape.vocabulary),
         element=element,
         shares_prompts=config.speed.share_prompts,
+        packed=config.speed.share_prompts and config.speed.pack and _may_pack(policy),
         beside=_beside(config, shape, element, policy),
         available=available,
     )
     if policy is not None or model.max_prompt_tokens:
         return found
     return replace(found, reason=f"{found.reason}; prompts are taken to be as long as completions")
+
+
+def _may_pack(policy: Any) -> bool:
+    """Whether the policy reads packed rows; before it is loaded, whether it might."""
+    return policy is None or bool(policy.packs_rows)
 
 
 def _is_estimated(config: Any) -> bool:

@@ -119,7 +119,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = inverse_length(x, eps)
+        scale = inverse_length(x, x.new_tensor(eps))
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
@@ -151,7 +151,7 @@ class _Gate(torch.autograd.Function):
         return change, silu(gate).mul_(grad)
 
 
-def inverse_length(x: Tensor, eps: float) -> Tensor:
+def inverse_length(x: Tensor, eps: Tensor) -> Tensor:
     """Return ``[..., 1]``: 1 / sqrt(mean(x^2) + eps) of ``[..., D]``."""
     length = vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(x.new_tensor(eps), length, length, value=1 / x.shape[-1]).rsqrt_()
+    return torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()

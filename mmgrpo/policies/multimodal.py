@@ -29,7 +29,8 @@ class VisionLanguagePolicy(AutoregressivePolicy):
     """A model that reads images and text and writes text.
 
     A prompt's images are processed once, and go through the vision tower once per evaluation,
-    however many completions the prompt has (with gradient checkpointing, once per completion).
+    however many completions the prompt has (once per completion with gradient checkpointing, unless
+    rows are packed).
     Placeholder tokens are never sampled.
     """
 

@@ -138,8 +138,8 @@ def _attend(
         raise RuntimeError(f"packed rows have no attention with {', '.join(told) or 'a mask'}")
     reading.calls += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tokens = (states[0].transpose(0, 1) for states in (query, key, value))
-    return reading.kernel(*tokens, reading.layout, scale).unsqueeze(0), None
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    return reading.kernel(q, k, v, reading.layout, scale).unsqueeze(0), None
 
 
 def _no_mask(*, mask_function: Any, **_: Any) -> None:

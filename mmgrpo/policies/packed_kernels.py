@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from mmgrpo.policies.packing import Layout, Ragged
+from mmgrpo.policies.packing import Layout
+from mmgrpo.policies.ragged import Ragged, join
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Layout, float], Tensor]
 """From queries ``[S, H, D]``, keys and values ``[S, K, D]``, the layout and the scale of the scores
@@ -34,19 +35,15 @@ def padded_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float
 ) -> Tensor:
     """Attend in rectangles: the prompts, then each completion with a copy of its prompt's keys."""
-    prompts, rows = layout.prompts, layout.rows
-    parts = [states.split([prompts.total, rows.total]) for states in (query, key, value)]
-    tensors = [prompts.pad(part[0]) for part in parts]
-    found = prompts.flat(_sdpa(*tensors, None, scale))
+    prompts, rows, parts = layout.prompts, layout.rows, (query, key, value)
+    q, k, v = (prompts.pad(x[: prompts.total]) for x in parts)
+    found = prompts.flat(_sdpa(q, k, v, None, scale))
     if not rows.total:
         return found
-    own = [rows.pad(part[1]) for part in parts]
-    keys, values = (
-        torch.cat([shared[layout.owner], new], dim=1)
-        for shared, new in zip(tensors[1:], own[1:], strict=True)
-    )
+    own, *pairs = (rows.pad(x[prompts.total :]) for x in parts)
+    k, v = (torch.cat([x[layout.owner], new], dim=1) for x, new in zip((k, v), pairs, strict=True))
     mask = layout.visible[:, None]
-    return torch.cat([found, rows.flat(_sdpa(own[0], keys, values, mask, scale))])
+    return torch.cat([found, rows.flat(_sdpa(own, k, v, mask, scale))])
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -75,7 +72,7 @@ def merged_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float
 ) -> Tensor:
     """Attend to prompts with all their completions at once, and to completions by themselves."""
-    return _Merged.apply(query, key, value, layout, scale)  # type: ignore[no-any-return]
+    return _Merged.apply(query, key, value, layout, scale)
 
 
 class _Merged(torch.autograd.Function):
@@ -87,7 +84,7 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         *states, layout, scale = given
-        first, *later = _parts(*states, layout, scale)
+        first, *later = _parts(states, layout, scale)
         found, lse = first.forward()
         if later:
             (alone, lse_alone), (others, lse_others) = (part.forward() for part in later)
@@ -100,10 +97,10 @@ class _Merged(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *states, found, lse = ctx.saved_tensors
-        first, *later = _parts(*states, ctx.layout, ctx.scale)
+        first, *later = _parts(states, ctx.layout, ctx.scale)
         count = ctx.layout.prompts.total
         of_first, of_last = ([x[p] for x in (grad, found, lse)] for p in _cut(count))
         prompts = first.backward(*of_first)
@@ -118,49 +115,81 @@ class _Merged(torch.autograd.Function):
 
 
 class _Part:
-    """Attention of sequences of queries to as many sequences of keys, all padded to rectangles.
+    """Attention of sequences of queries to as many sequences of keys, in rectangles.
 
     With ``causal`` they are the same sequences, and no query meets the padding behind its keys.
     """
 
     def __init__(
-        self, states: Sequence[Tensor], queries: Ragged, keys: Ragged, scale: float, *, causal: bool
+        self,
+        states: Sequence[Tensor],
+        sides: Sequence[tuple[Ragged, Ragged]],
+        scale: float,
+        *,
+        causal: bool,
     ) -> None:
-        self.sides = (queries, keys, keys)
-        self.heads = [_heads(side.pad(x)) for side, x in zip(self.sides, states, strict=True)]
-        self.options: dict[str, Any] = {"dropout_p": 0.0, "is_causal": causal, "scale": scale}
-        if not (causal or keys.even):
-            bias = states[0].new_zeros(keys.inside.shape)
-            self.options["attn_mask"] = bias.masked_fill_(~keys.inside, -torch.inf)[:, None, None]
+        self.sides = [(queries, keys, keys) for queries, keys in sides]
+        self.counts = [len(x) for x in states]
+        self.heads = [
+            [_heads(side.pad(x)) for side, x in zip(each, states, strict=True)]
+            for each in self.sides
+        ]
+        self.options: list[dict[str, Any]] = [
+            {
+                "dropout_p": 0.0,
+                "is_causal": causal,
+                "scale": scale,
+                "attn_mask": None if causal or keys.even else _bias(keys.inside, states[0].dtype),
+            }
+            for _, keys in sides
+        ]
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def forward(self) -> list[Tensor]:
         """What the queries find, ``[s, H, D]``, and their log-sum-exp ``[s, H]``."""
         # The public function computes the log-sum-exp too, but does not return it.
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
-        found, lse = kernel(*self.heads, **self.options)
-        return self.sides[0].flat(_heads(found)), self.sides[0].flat(_heads(lse))
+        found = [
+            kernel(*heads, **options)
+            for heads, options in zip(self.heads, self.options, strict=True)
+        ]
+        return self._join(found, (0, 0))
 
     def backward(self, grad: Tensor, found: Tensor, lse: Tensor) -> list[Tensor]:
         """Gradients of the queries, keys and values."""
         # Behind the end of a sequence there is no gradient, and every probability is exp(-inf).
-        fill = self.sides[0].fill
-        grad, found, lse = (
-            _heads(fill(x, end)) for x, end in ((grad, 0.0), (found, 0.0), (lse, torch.inf))
-        )
+        ends = ((grad, 0.0), (found, 0.0), (lse, torch.inf))
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
-        gradients = kernel(grad, *self.heads, found, lse, **self.options)
-        return [side.flat(_heads(x)) for side, x in zip(self.sides, gradients, strict=True)]
+        gradients = []
+        for (side, *_), heads, options in zip(self.sides, self.heads, self.options, strict=True):
+            of_found, *results = (_heads(side.fill(x, end)) for x, end in ends)
+            gradients.append(kernel(of_found, *heads, *results, **options))
+        return self._join(gradients, (0, 1, 2))
+
+    def _join(self, results: Sequence[Sequence[Tensor]], places: Sequence[int]) -> list[Tensor]:
+        """Tokens of the rectangles' results, which lie as the states of the given places do."""
+        return [
+            join(
+                [side[place] for side in self.sides], [_heads(x) for x in each], self.counts[place]
+            )
+            for place, each in zip(places, zip(*results, strict=True), strict=True)
+        ]
 
 
-def _parts(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> list[_Part]:
+def _bias(inside: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[n, 1, 1, l]``: 0 in the mask, minus infinity elsewhere."""
+    bias = torch.zeros(inside.shape, dtype=dtype, device=inside.device)
+    return bias.masked_fill_(~inside, -torch.inf)[:, None, None]
+
+
+def _parts(tokens: Sequence[Tensor], layout: Layout, scale: float) -> list[_Part]:
     """Prompts among themselves; completions among themselves, and completions to their prompts."""
-    prompts, rows = layout.prompts, layout.rows
-    first, last = ([x[part] for x in (query, key, value)] for part in _cut(prompts.total))
-    parts = [_Part(first, prompts, prompts, scale, causal=True)]
-    if rows.total:
-        parts.append(_Part(last, rows, rows, scale, causal=True))
-        parts.append(_Part([last[0], *first[1:]], layout.groups, prompts, scale, causal=False))
-    return parts
+    first, last = ([x[part] for x in tokens] for part in _cut(layout.prompts.total))
+    mixed = [last[0], *first[1:]]
+    states = zip((first, last, mixed), (True, True, False), strict=True)
+    return [
+        _Part(each, sides, scale, causal=causal)
+        for (each, causal), sides in zip(states, layout.parts, strict=False)
+    ]
 
 
 def _cut(count: int) -> tuple[slice, slice]:

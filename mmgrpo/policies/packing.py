@@ -18,48 +18,8 @@ import torch
 from torch import Tensor
 
 from mmgrpo.policies.decoding import continue_positions, next_position
+from mmgrpo.policies.ragged import Ragged, rectangles
 from mmgrpo.policies.token_payload import TokenPayload
-
-
-class Ragged:
-    """Sequences of different lengths: how to lay them out in a rectangle, and back.
-
-    Attributes:
-        count: sequences.
-        width: tokens of the longest.
-        total: tokens in all.
-        even: whether all have the same length; a rectangle is then a view.
-        inside: ``[count, width]`` bool, off behind the end of a sequence.
-    """
-
-    def __init__(self, lengths: Tensor) -> None:
-        """Take the ``[count]`` int64 lengths."""
-        sizes = lengths.tolist()
-        self.count, self.total = len(sizes), sum(sizes)
-        self.width = max(sizes, default=0)
-        self.even = self.count * self.width == self.total
-        place = torch.arange(self.width, device=lengths.device)
-        start = lengths.cumsum(0) - lengths
-        self.inside = place < lengths[:, None]
-        self._tokens = self.inside.flatten().nonzero().squeeze(1)
-        self._places = (start[:, None] + place).clamp(max=self.total - 1).flatten()
-
-    def pad(self, x: Tensor) -> Tensor:
-        """``[total, ...]`` to ``[count, width, ...]``, any of the numbers behind the ends."""
-        x = x if self.even else x.index_select(0, self._places)
-        return x.unflatten(0, (self.count, self.width))
-
-    def fill(self, x: Tensor, value: float) -> Tensor:
-        """Like :meth:`pad`, with a value behind the ends."""
-        if self.even:
-            return self.pad(x)
-        whole = x.new_full((self.count * self.width, *x.shape[1:]), value)
-        return whole.index_copy_(0, self._tokens, x).unflatten(0, (self.count, self.width))
-
-    def flat(self, x: Tensor) -> Tensor:
-        """``[count, width, ...]`` to ``[total, ...]``, without what lies behind the ends."""
-        x = x.flatten(0, 1)
-        return x if self.even else x.index_select(0, self._tokens)
 
 
 class Layout:
@@ -83,10 +43,12 @@ class Layout:
         self._lengths = (prompts, rows)
 
     @cached_property
-    def groups(self) -> Ragged:
-        """The tokens of all completions of each prompt."""
+    def parts(self) -> list[list[tuple[Ragged, Ragged]]]:
+        """Rectangles of prompts, of completions, and of a prompt's completions with the prompt."""
         prompts, rows = self._lengths
-        return Ragged(torch.zeros_like(prompts).index_add_(0, self.owner, rows))
+        groups = torch.zeros_like(prompts).index_add_(0, self.owner, rows)
+        pairs = [(prompts, prompts), (rows, rows), (groups, prompts)]
+        return [rectangles(*each) for each in pairs[: 3 if len(rows) else 1]]
 
     @cached_property
     def sequence(self) -> Tensor:

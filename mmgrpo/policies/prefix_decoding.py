@@ -281,4 +281,5 @@ def _norm(norm: nn.Module) -> Apply:
     eps: float = norm.variance_epsilon  # type: ignore[assignment]
     if weight.device.type != "cpu":  # where it is one kernel
         return partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
-    return lambda x: (x * inverse_length(x, eps)).mul_(weight)
+    least = weight.new_tensor(eps)
+    return lambda x: (x * inverse_length(x, least)).mul_(weight)

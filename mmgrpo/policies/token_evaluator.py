@@ -109,6 +109,11 @@ class TokenEvaluator:
         enable_checkpointing(self.model, checkpoint_contexts)
 
     @property
+    def packs_rows(self) -> bool:
+        """Whether evaluations read prompts and completions as one row."""
+        return self._kernel is not None
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         device: torch.device = self._embedding.weight.device

@@ -65,6 +65,7 @@ def activation_bytes(
     logits: int,
     element: int,
     shares_prompts: bool = True,
+    packed: bool = False,
     checkpointing: bool = False,
 ) -> int:
     """Peak of a forward and backward pass, beside weights and their gradients.
@@ -74,19 +75,19 @@ def activation_bytes(
         batch: what goes through it.
         logits: numbers that the output head holds at the same time.
         element: bytes of a number in the layers; the softmax is float32 always.
-        shares_prompts: a prompt is read once for its group; then its keys and values are laid out
-            for every sample. With checkpointing none is shared.
+        shares_prompts: a prompt is read once for its group.
+        packed: prompts and completions are one row. Otherwise a shared prompt's keys and values are
+            laid out for every sample, and with checkpointing no prompt is shared.
         checkpointing: keep what goes into each layer, and compute the rest of one layer at a time.
     """
-    every = batch.decisions + batch.rows * batch.prompt_tokens
-    layer = every * kept_values(shape)
-    kept = shape.layers * every * shape.hidden + layer
-    if not checkpointing:
-        if shares_prompts:
-            read = batch.decisions + batch.prompts * batch.prompt_tokens
-            fanned_out = batch.rows * batch.prompt_tokens
-            layer = read * kept_values(shape) + fanned_out * 2 * shape.queries
-        kept = shape.layers * layer
+    laid_out = shares_prompts and not packed and not checkpointing
+    shares = shares_prompts and (packed or laid_out)
+    tokens = batch.decisions + (batch.prompts if shares else batch.rows) * batch.prompt_tokens
+    copies = batch.rows * batch.prompt_tokens if laid_out else 0
+    layer = tokens * kept_values(shape) + copies * 2 * shape.queries
+    kept = shape.layers * (tokens * shape.hidden if checkpointing else layer)
+    if checkpointing:
+        kept += layer
     return kept * element + SOFTMAX_BYTES * logits
 
 
@@ -102,6 +103,7 @@ def choose_checkpointing(
     logits: int,
     element: int,
     shares_prompts: bool,
+    packed: bool = False,
     beside: int,
     available: int,
 ) -> Checkpointing:
@@ -113,6 +115,7 @@ def choose_checkpointing(
         logits: see :func:`activation_bytes`.
         element: see :func:`activation_bytes`.
         shares_prompts: see :func:`activation_bytes`.
+        packed: see :func:`activation_bytes`.
         beside: what else will be needed of the available memory.
         available: memory of the device that nothing takes yet.
     """
@@ -123,6 +126,7 @@ def choose_checkpointing(
             logits=logits,
             element=element,
             shares_prompts=shares_prompts,
+            packed=packed,
             checkpointing=twice,
         )
         for twice in (False, True)

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import systems
 import versus_trl
 from systems import KINDS, Mmgrpo, save_model
-from versus_trl import CASES, GROUP, LOGIT_COPIES, MEMORY, Case, fixed_batch, refusal, row
+from versus_trl import CASES, GROUP, MEMORY, NEEDED_GIB, Case, fixed_batch, refusal, row
 
 SMALL = [
     Case(5, 4, 300),
@@ -98,14 +99,22 @@ def test_a_row_shows_seconds_and_ratios_and_what_was_left_out():
     assert text.count("|") == row(CASES[0], None, {}).count("|") == versus_trl.HEADER.count("|") / 2
 
 
-def test_a_peak_that_does_not_fit_is_refused_in_a_sentence():
-    """The logits of the first: 8 x 512 x 151936 of 4 bytes are 2.3 GiB."""
-    trl, ours = LOGIT_COPIES
-    reason = refusal(MEMORY[0], trl, 10 * 2**30)
-    assert reason is not None
-    assert "needs about 20 GiB of memory and 10 GiB are free" in reason
-    assert refusal(MEMORY[0], trl, 20 * 2**30) is None
-    assert refusal(MEMORY[0], ours, 10 * 2**30) is None
+def test_a_peak_that_does_not_fit_is_refused_in_a_sentence(monkeypatch, capsys):
+    free = int(3.5 * 2**30)
+    monkeypatch.setattr(
+        versus_trl.psutil, "virtual_memory", lambda: SimpleNamespace(available=free)
+    )
+    monkeypatch.setattr(versus_trl, "peak_memory", lambda number, name, threads: 12.3)
+    versus_trl.print_memory(threads=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(MEMORY) * len(NEEDED_GIB)
+    assert lines[0] == (
+        f"{MEMORY[0]}: TRL best settings is skipped, for it needs about 7 GiB of memory and "
+        "3.5 GiB are free."
+    )
+    assert lines[1] == f"{MEMORY[0]}; an update's peak: mmgrpo, 12 MiB"
+    assert refusal(MEMORY[0], "mmgrpo", 2 * 2**30) is None
+    assert refusal(MEMORY[0], "mmgrpo", 2 * 2**30 - 1) is not None
 
 
 def test_every_kind_has_a_case():

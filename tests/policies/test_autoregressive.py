@@ -48,7 +48,7 @@ def test_log_probs_and_entropies_are_those_of_each_row_alone(family, lora):
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_the_shared_prompt_gives_the_values_and_gradients_of_the_repeated_one(family, lora):
-    policy = make_policy(family, lora=lora)
+    policy = make_policy(family, lora=lora, pack=False)
     trajectories = trajectories_of(policy, text_prompts(), RAGGED)
     shared = policy.evaluate(trajectories, Request(entropy=True))
     plain = policy.evaluate_plain(trajectories, Request(entropy=True))
@@ -59,7 +59,7 @@ def test_the_shared_prompt_gives_the_values_and_gradients_of_the_repeated_one(fa
 
 
 def test_a_prompt_is_read_once_per_evaluation_and_the_head_where_it_counts():
-    policy = make_policy()
+    policy = make_policy(pack=False)
     trajectories = trajectories_of(policy, text_prompts(), RAGGED)
     read, head = [], []
     policy.model.get_input_embeddings().register_forward_hook(
@@ -75,8 +75,9 @@ def test_a_prompt_is_read_once_per_evaluation_and_the_head_where_it_counts():
     assert policy.forwards == 2
 
 
-def test_only_masked_in_decisions_are_answered():
-    policy = make_policy()
+@pytest.mark.parametrize("pack", [True, False])
+def test_only_masked_in_decisions_are_answered(pack):
+    policy = make_policy(pack=pack)
     trajectories = trajectories_of(policy, text_prompts(), RAGGED)
     every = policy.evaluate(trajectories).log_prob
     mask = trajectories.mask.clone()
@@ -151,7 +152,8 @@ def test_a_large_softmax_in_pieces_is_the_same(monkeypatch):
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_gradient_checkpointing_changes_neither_values_nor_gradients(lora):
-    policies = [make_policy(lora=lora, gradient_checkpointing=on) for on in (False, True)]
+    given = {"lora": lora, "pack": False}
+    policies = [make_policy(**given, gradient_checkpointing=on) for on in (False, True)]
     results = []
     for policy in policies:
         trajectories = trajectories_of(policy, text_prompts(), RAGGED)
@@ -260,7 +262,7 @@ def test_a_model_that_continues_a_cache_wrongly_reads_prompts_once_per_completio
 
     forgetful.__signature__ = __import__("inspect").signature(forward)
     model.forward = forgetful
-    policy = AutoregressivePolicy((model, tokenizer))
+    policy = AutoregressivePolicy((model, tokenizer), pack=False)
     assert "once per completion" in caplog.text
     trajectories = trajectories_of(policy, text_prompts(), RAGGED)
     assert torch.equal(

@@ -107,8 +107,10 @@ def test_weights_that_change_between_rollouts_are_seen():
     compare(policy, text_prompts())
 
 
-def test_large_weights_are_computed_in_another_order(monkeypatch):
-    monkeypatch.setattr("mmgrpo.policies.prefix_decoding.PACKED", 1)
+@pytest.mark.parametrize("limits", [{"PACKED": 1}, {"JOINED": 1}, {"PACKED": 1, "JOINED": 1}])
+def test_large_weights_are_computed_in_another_order_or_one_by_one(monkeypatch, limits):
+    for name, weights in limits.items():
+        monkeypatch.setattr(f"mmgrpo.policies.prefix_decoding.{name}", weights)
     compare(AutoregressivePolicy(tiny("qwen2")), text_prompts())
 
 

@@ -140,7 +140,8 @@ def test_layers_that_compute_something_else_stay():
             self.weight = nn.Parameter(torch.ones(8))
 
         def forward(self, x):
-            return x * inverse_length(x, self.variance_epsilon) * self.weight**self.power
+            scale = inverse_length(x, torch.tensor(self.variance_epsilon))
+            return x * scale * self.weight**self.power
 
     class Gated(nn.Module):
         def __init__(self):

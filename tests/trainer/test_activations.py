@@ -51,31 +51,30 @@ def make_policy(sizes, *, layers=4, vocabulary=300, **options):
     return AutoregressivePolicy((model, tokenizer), reference="none", **options)
 
 
+LORA = {"lora": {"rank": 4, "alpha": 8.0}}
+MANY_ROWS = {"sizes": MANY_HEADS, "prompt": 256, "completion": 8, "rows": 32, "groups": 1}
 CASES = {
-    "shared prompts": {},
-    "no shared prompts": {"share_prompts": False},
-    "long shared prompts": {"prompt": 256, "completion": 16},
-    "attention more than the MLP": {"sizes": MANY_HEADS},
-    "long shared prompts, many heads": {"sizes": MANY_HEADS, "prompt": 256, "completion": 16},
-    "a prompt laid out for many": {
-        "sizes": MANY_HEADS,
-        "prompt": 256,
-        "completion": 8,
-        "rows": 32,
-        "groups": 1,
+    "packed": {},
+    "packed, long prompts": {"prompt": 256, "completion": 16},
+    "packed, one prompt of many": MANY_ROWS,
+    "packed, checkpointing": {"gradient_checkpointing": True},
+    "shared prompts": {"pack": False},
+    "shared long prompts": {"prompt": 256, "completion": 16, "pack": False},
+    "shared long prompts, many heads": {
+        "sizes": MANY_HEADS, "prompt": 256, "completion": 16, "pack": False,
     },
+    "a prompt laid out for many": {**MANY_ROWS, "pack": False},
+    "no shared prompts": {"share_prompts": False},
+    "attention more than the MLP": {"sizes": MANY_HEADS},
     "more layers": {"layers": 12},
     "a large vocabulary": {"vocabulary": 40000},
     "bfloat16": {"dtype": "bfloat16"},
-    "LoRA": {"lora": {"rank": 4, "alpha": 8.0}},
-    "bfloat16 and LoRA": {"dtype": "bfloat16", "lora": {"rank": 4, "alpha": 8.0}},
-    "checkpointing": {"gradient_checkpointing": True},
+    "LoRA": LORA,
+    "bfloat16 and LoRA": {"dtype": "bfloat16", **LORA},
+    "checkpointing": {"gradient_checkpointing": True, "pack": False},
     "checkpointing, more layers": {"gradient_checkpointing": True, "layers": 12},
-    "checkpointing and LoRA": {
-        "gradient_checkpointing": True,
-        "lora": {"rank": 4, "alpha": 8.0},
-    },
-}
+    "checkpointing and LoRA": {"gradient_checkpointing": True, **LORA},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -100,6 +99,7 @@ def test_the_estimate_is_within_a_factor_of_two_of_the_measured_peak(case):
         logits=rows * width * shape.vocabulary,
         element=policy.model.dtype.itemsize,
         shares_prompts=given.get("share_prompts", True),
+        packed=policy.packs_rows,
         checkpointing=given.get("gradient_checkpointing", False),
     )
     assert 0.5 < estimate / measured_peak(step) < 2
