@@ -11,7 +11,7 @@ from mmgrpo.config import load_config
 from mmgrpo.tracking import read_metrics
 
 SHORT = {"text": (20, 0.3), "vision": (20, 0.2), "image": (24, 0.2), "image_tokens": (20, 0.2),
-         "image_scales": (24, 0.2), "shapes": (10, 0.1)}  # fmt: skip
+         "image_scales": (24, 0.2), "masked_text": (16, 0.1), "shapes": (10, 0.1)}  # fmt: skip
 """Task -> steps of a short run, and how much success must rise by then."""
 TASKS = sorted(SHORT)
 SOLVED = sorted({*SHORT} - {"shapes"})
