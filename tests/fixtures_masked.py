@@ -3,7 +3,7 @@
 import json
 
 import torch
-from fixtures_runs import REWARDS, merged
+from fixtures_runs import folder_document, merged
 
 
 def tiny_masked(seed=0):
@@ -47,14 +47,5 @@ def write_masked(folder):
 
 def masked_document(folder, run_dir, **changes):
     """A configuration as a mapping; ``changes`` are sections to update or keys to set."""
-    base = {
-        "modality": "masked_text",
-        "method": "grpo",
-        "run_dir": str(run_dir),
-        "model": {"path": str(folder / "model")},
-        "data": {"train": str(folder / "train.jsonl")},
-        "rewards": [{"name": f"{REWARDS}:spread"}],
-        "rollout": {"group_size": 4, "prompts_per_step": 4, "max_new_tokens": 4},
-        "trainer": {"steps": 2, "learning_rate": 1e-3},
-    }
+    base = folder_document(folder, run_dir, "masked_text", "grpo", "spread", max_new_tokens=4)
     return merged(base, changes)

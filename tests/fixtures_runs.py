@@ -110,6 +110,20 @@ def document(models, modality, run_dir, **changes):
     return merged(base, changes)
 
 
+def folder_document(folder, run_dir, modality, method, reward, **rollout):
+    """A configuration of two steps on what a fixture of its own has written into a folder."""
+    return {
+        "modality": modality,
+        "method": method,
+        "run_dir": str(run_dir),
+        "model": {"path": str(folder / "model")},
+        "data": {"train": str(folder / "train.jsonl")},
+        "rewards": [{"name": f"{REWARDS}:{reward}"}],
+        "rollout": {"group_size": 4, "prompts_per_step": 4, **rollout},
+        "trainer": {"steps": 2, "learning_rate": 1e-3},
+    }
+
+
 def merged(base, changes):
     """``base`` with mappings merged and everything else replaced."""
     result = copy.deepcopy(base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import torch
-from fixtures_runs import REWARDS, merged
+from fixtures_runs import folder_document, merged
 
 from mmgrpo.config.scale_shape import ScaleShape
 from mmgrpo.policies.scale_model import ScaleModel
@@ -51,14 +51,5 @@ def write_scales(folder):
 
 def scales_document(folder, run_dir, **changes):
     """A configuration as a mapping; ``changes`` are sections to update or keys to set."""
-    base = {
-        "modality": "image_scales",
-        "method": "var-grpo",
-        "run_dir": str(run_dir),
-        "model": {"path": str(folder / "model")},
-        "data": {"train": str(folder / "train.jsonl")},
-        "rewards": [{"name": f"{REWARDS}:brightness"}],
-        "rollout": {"group_size": 4, "prompts_per_step": 4},
-        "trainer": {"steps": 2, "learning_rate": 1e-3},
-    }
+    base = folder_document(folder, run_dir, "image_scales", "var-grpo", "brightness")
     return merged(base, changes)

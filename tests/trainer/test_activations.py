@@ -4,9 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fixtures_runs import document, weight_bytes
 from fixtures_tokens import trajectories_of
 from torch.profiler import ProfilerActivity, profile
 
+from mmgrpo.build import train
+from mmgrpo.config import load_config
 from mmgrpo.config.layer_shape import LayerShape, layer_shape, read_layer_shape
 from mmgrpo.playground.tokenizer import build_tokenizer
 from mmgrpo.policies.autoregressive import AutoregressivePolicy
@@ -189,3 +192,12 @@ def test_memory_that_cannot_be_asked_is_unknown():
     assert free is not None
     assert free > 2**20
     assert available_memory(SimpleNamespace(type="mps")) is None
+
+
+@pytest.mark.parametrize("modality", ["text", "vision"])
+def test_a_run_has_the_same_bytes_either_way(models, tmp_path, modality):
+    """So that a run may be resumed where there is more memory, or less."""
+    for name, on in (("on", True), ("off", False)):
+        changes = {"model": {"gradient_checkpointing": on}, "trainer": {"steps": 2}}
+        train(load_config(document(models, modality, tmp_path / name, **changes)))
+    assert weight_bytes(tmp_path / "on") == weight_bytes(tmp_path / "off")
