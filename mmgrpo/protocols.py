@@ -240,10 +240,11 @@ class Scorer(Protocol):
         """Score all samples with every reward. Raises RewardError."""
         ...
 
-    def ahead(self, prompts: Sequence[Prompt]) -> AheadScorer | None:
+    def ahead(self, prompts: Sequence[Prompt], *, sync: bool = True) -> AheadScorer | None:
         """Return what scores samples of these prompts while others are made, if that is the same.
 
-        For one rollout: it takes in the groups as they are finished, then scores them all.
+        For one rollout: it takes in the groups as they are finished, then scores them all. Without
+        ``sync`` only async rewards begin early.
         """
         ...
 

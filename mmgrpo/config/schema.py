@@ -175,8 +175,10 @@ class Speed(Section):
     """Decisions (tokens, denoising steps) per forward pass, padding included; null: any number."""
     skip_idle: bool = True
     """Leave samples out of the update that have no gradient."""
-    overlap_rewards: bool = True
-    """Call rewards on groups that are finished while others are still drawn or decoded."""
+    overlap_rewards: bool | Literal["async"] = "async"
+    """Call rewards on groups that are finished while others are still drawn or decoded; async: only
+    async functions, which wait for something else, not for the cores that the engine computes on.
+    """
 
 
 class Eval(Section):

@@ -80,14 +80,18 @@ class RewardRunner:
         """Name -> weight in the combined reward."""
         return {reward.name: reward.weight for reward in self.rewards}
 
-    def ahead(self, prompts: Sequence[Prompt]) -> Ahead | None:
+    def ahead(self, prompts: Sequence[Prompt], *, sync: bool = True) -> Ahead | None:
         """Return what takes in the finished groups of a rollout while it goes on.
 
         None where that would change what rewards see, see :func:`~mmgrpo.scoring.ahead.separable`,
         or where none is left: a reward that keeps time itself stays in the calling thread, one with
-        the attribute ``whole_batch`` gets all samples at once.
+        the attribute ``whole_batch`` gets all samples at once, a sync one waits unless ``sync``.
         """
-        rewards = [r for r in self.rewards if not (r.keeps_time or r.whole_batch)]
+        rewards = [
+            reward
+            for reward in self.rewards
+            if not (reward.keeps_time or reward.whole_batch) and (sync or is_async(reward))
+        ]
         if not rewards or len(prompts) < 2 or not separable(prompts):
             return None
         if self._worker is None:

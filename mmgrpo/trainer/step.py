@@ -250,8 +250,9 @@ def _record(
 
 def _ahead(parts: Parts, prompts: Sequence[Prompt], config: Config) -> AheadScorer | None:
     """What scores groups while the engine is at others, where there is one and it is wanted."""
-    announces = config.speed.overlap_rewards and getattr(parts.engine, "announces", False)
-    return parts.scorer.ahead(prompts) if announces else None
+    wanted = config.speed.overlap_rewards
+    announces = wanted and getattr(parts.engine, "announces", False)
+    return parts.scorer.ahead(prompts, sync=wanted is True) if announces else None
 
 
 def _reward(

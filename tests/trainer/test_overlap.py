@@ -41,7 +41,9 @@ def watched_parts(models, folder, reward, **changes):
     """The parts of an image run with a reward of the test's own."""
     from mmgrpo.scoring import load_rewards
 
-    config = load_config(document(models, "image", folder, **changes))
+    config = load_config(
+        document(models, "image", folder, **{"speed": {"overlap_rewards": True}, **changes})
+    )
     return build.assemble(config, rewards=load_rewards([reward])), config
 
 
@@ -69,16 +71,30 @@ def test_the_first_group_is_scored_before_the_last_is_decoded(models, tmp_path, 
     assert found.trajectories.rewards["reward"].tolist() == [0.0, 1.0, 2.0, 3.0] * 4
 
 
-def test_switched_off_a_reward_is_called_once_after_the_rollout(models, tmp_path):
+@pytest.mark.parametrize("wanted", [False, "async"])
+def test_switched_off_a_reward_is_called_once_after_the_rollout(models, tmp_path, wanted):
     calls = []
 
     def reward(images):
         calls.append((len(images), threading.current_thread()))
         return [0.5] * len(images)
 
-    parts, config = watched_parts(models, tmp_path, reward, speed={"overlap_rewards": False})
+    parts, config = watched_parts(models, tmp_path, reward, speed={"overlap_rewards": wanted})
     collect(parts, State(), config, Report())
     assert calls == [(16, threading.main_thread())]
+
+
+def test_by_default_an_async_reward_begins_with_the_first_group(models, tmp_path):
+    calls = []
+
+    async def reward(images):
+        calls.append(len(images))
+        return [float(place) for place, _ in enumerate(images)]
+
+    parts, config = watched_parts(models, tmp_path, reward, speed={})
+    assert config.speed.overlap_rewards == "async"
+    collect(parts, State(), config, Report())
+    assert calls == [4] * 4
 
 
 def test_a_reward_that_fails_on_one_group_stops_the_step(models, tmp_path):
