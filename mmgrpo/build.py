@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mmgrpo.checks import check_method, check_prompts, check_reference, check_trackers
 from mmgrpo.config import Config, dump_config
 from mmgrpo.config.schema import Reward
 from mmgrpo.core.collective import LOCAL, Collective
@@ -22,15 +23,7 @@ from mmgrpo.errors import ConfigError, MissingResourceError, ModelError
 from mmgrpo.methods import Method, load_method
 from mmgrpo.methods.components import with_default
 from mmgrpo.modalities import Modality
-from mmgrpo.plan import (
-    REFERENCE_NEEDS,
-    check_method,
-    check_prompts,
-    check_reference,
-    check_trackers,
-    checkpointing,
-    describe,
-)
+from mmgrpo.plan import checkpointing, describe
 from mmgrpo.policies.adapters import Ema, trainable_parameters
 from mmgrpo.policies.checkpoint_bank import CheckpointBank
 from mmgrpo.policies.perturbed import PerturbationPayload, PerturbedPolicy
@@ -245,7 +238,7 @@ def _specs(rewards: list[Reward]) -> list[dict[str, Any]]:
 
 def make_policy(config: Config, method: Method, folder: str | None = None) -> Policy:
     """Load the model that trains, with the reference its method needs and no other."""
-    needed = bool(method.needs & REFERENCE_NEEDS) and method.reference.kind == "run"
+    needed = method.reads_reference and method.reference.kind == "run"
     reference = config.model.reference if needed else "none"
     modality = modality_of(config)
     silence(modality.libraries)

@@ -1,33 +1,25 @@
-"""What a run would do: whether it makes sense, what it needs and what it would cost."""
+"""What a run would do: what it needs and what it would cost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmgrpo.config import Config
-from mmgrpo.config.flow_schema import ImageRollout
 from mmgrpo.config.image_layout import read_layout
 from mmgrpo.config.layer_shape import LayerShape, layer_shape, read_layer_shape
 from mmgrpo.config.scale_shape import read_shape
 from mmgrpo.errors import (
-    ConfigError,
-    DataError,
-    MethodError,
-    MissingExtraError,
     ModelError,
-    nearest,
 )
 from mmgrpo.methods import Method
 from mmgrpo.policies.adapters import trainable_parameters
 from mmgrpo.policies.loading import DTYPES
 from mmgrpo.policies.token_logits import TILE_ELEMENTS
-from mmgrpo.protocols import Policy, Prompt
 from mmgrpo.trainer.activations import (
     Checkpointing,
     MicroBatch,
@@ -39,111 +31,11 @@ from mmgrpo.trainer.batches import micro_batch_bounds
 
 ESTIMATED = frozenset({"text", "vision", "image_tokens"})
 """Modalities whose activations :mod:`mmgrpo.trainer.activations` can estimate."""
-REFERENCE_NEEDS = frozenset({"ref_log_prob", "ref_prediction"})
 FOLDER_KNOWS: dict[str, Callable[[Any], int]] = {
     "image_tokens": lambda model: read_layout(model.path).with_plan(model.plan_tokens).room,
     "image_scales": lambda model: read_shape(model.path).room,
 }
 """Modality -> decisions of a sample, where the model's folder says it."""
-
-
-def check_method(method: Method, config: Config, world: int = 1) -> None:
-    """Refuse a combination of method and run that makes no sense, in one sentence.
-
-    Args:
-        method: the method.
-        config: the run.
-        world: number of processes.
-
-    Raises:
-        MethodError: the method does not fit the group size, the number of updates per rollout or
-            the absence of a reference. (Its modality is checked with the configuration.)
-        ConfigError: the prompts of a step cannot be divided.
-    """
-    settings, group_size = config.trainer, config.rollout.group_size
-    if "groups" in method.needs and group_size < 2:
-        raise MethodError(
-            f"method {method.id} compares the samples of a group, and rollout.group_size is "
-            f"{group_size}: every advantage would be 0; use at least 2."
-        )
-    updates = settings.minibatches * settings.epochs
-    if "on_policy" in method.needs and updates > 1:
-        raise MethodError(
-            f"method {method.id} has no importance ratio and takes one update per rollout; "
-            f"trainer.minibatches x trainer.epochs is {updates}, expected 1."
-        )
-    if "one_epoch" in method.needs and settings.epochs > 1:
-        raise MethodError(
-            f"method {method.id} has no importance ratio and passes over a rollout once; "
-            f"trainer.epochs is {settings.epochs}, expected 1."
-        )
-    if method.needs & REFERENCE_NEEDS and config.model.reference == "none":
-        raise MethodError(
-            f"method {method.id} is held to a reference and model.reference is 'none'; use 'auto', "
-            "or switch the term off (regulariser.kl.coefficient=0, reward.kl=0)."
-        )
-    if isinstance(config.rollout, ImageRollout):
-        method.check_rollout(num_steps=config.rollout.num_steps, group_size=group_size)
-    _check_division(config, world)
-
-
-def _check_division(config: Config, world: int) -> None:
-    size, minibatches = config.rollout.prompts_per_step, config.trainer.minibatches
-    if size % world:
-        raise ConfigError(
-            f"rollout.prompts_per_step is {size} and does not divide among {world} processes; "
-            f"expected a multiple of {world}."
-        )
-    if minibatches > size:
-        raise ConfigError(
-            f"trainer.minibatches is {minibatches} and rollout.prompts_per_step {size}: "
-            "a minibatch holds whole groups, so there can be at most one per prompt."
-        )
-
-
-def check_prompts(prompts: list[Prompt], config: Config) -> None:
-    """Refuse a step that wants more prompts than there are, and rows without a wanted image.
-
-    Raises:
-        DataError: names the data and both numbers, or the row and the column.
-    """
-    if len(prompts) < config.rollout.prompts_per_step:
-        raise DataError(
-            f"{config.data.train}: {len(prompts)} rows, and rollout.prompts_per_step asks for "
-            f"{config.rollout.prompts_per_step} different prompts."
-        )
-    for key in ("preferred_column", "rejected_column"):
-        column: str | None = getattr(config.data, key, None)
-        for prompt in prompts:
-            if column is not None and prompt.columns.get(column) is None:
-                raise DataError(
-                    f"{prompt.place}: data.{key} is '{column}', and the row has no such image"
-                    f"{nearest(column, prompt.columns)}"
-                )
-
-
-def check_trackers(config: Config) -> None:
-    """Refuse a tracker whose package, which it is named after, is not installed.
-
-    Raises:
-        MissingExtraError: which one.
-    """
-    for name in config.tracking.trackers:
-        if find_spec(name) is None:
-            raise MissingExtraError(name, "tracking")
-
-
-def check_reference(policy: Policy, method: Method) -> None:
-    """Refuse a policy that was made without the reference its method needs.
-
-    Raises:
-        MethodError: says how to get one.
-    """
-    if method.needs & REFERENCE_NEEDS and not policy.has_reference:
-        raise MethodError(
-            f"method {method.id} is held to a reference and the policy has none; make it with "
-            "reference='auto', or switch the term off (regulariser.kl.coefficient=0, reward.kl=0)."
-        )
 
 
 def describe(config: Config, method: Method, missing: Sequence[str] = ()) -> str:
@@ -181,7 +73,7 @@ def cost(config: Config, method: Method) -> dict[str, str]:
         + f"), {_at_most(decisions)}"
         + (f", up to {rounds} rounds of sampling" if rounds > 1 else ""),
         "update": f"{updates} optimiser step(s), {_backwards(config, method)}"
-        + (", and a reference pass" if method.needs & REFERENCE_NEEDS else ""),
+        + (", and a reference pass" if method.reads_reference else ""),
         "total": f"{settings.steps} steps, {settings.steps * samples:,} samples, "
         f"{_at_most(settings.steps * decisions)}, {evaluations(config)} evaluation(s)",
         "weights": weights(config),

@@ -197,6 +197,11 @@ class Method:
         )
 
     @property
+    def reads_reference(self) -> bool:
+        """Whether anything is compared with the reference's weights."""
+        return bool(self.needs & {"ref_log_prob", "ref_prediction"})
+
+    @property
     def reads_entropy(self) -> bool:
         """Whether the loss has a term in the entropy."""
         return bool(self.regulariser.entropy or self.regulariser.entropy_control.targets)

@@ -53,6 +53,11 @@ class MethodLike(Protocol):
         ...
 
     @property
+    def reads_reference(self) -> bool:
+        """Whether anything is compared with the reference's weights."""
+        ...
+
+    @property
     def needs(self) -> frozenset[str]:
         """What the trainer has to provide."""
         ...

@@ -125,7 +125,7 @@ def credit(
     needs = parts.method.needs
     with report.timer("time/update_s"), torch.no_grad():
         predicted = "old_prediction" in needs
-        if needs & {"ref_log_prob", "ref_prediction"}:
+        if parts.method.reads_reference:
             with parts.policy.reference():
                 trajectories = _record(
                     parts, trajectories, config, report, "ref", "ref_prediction" in needs

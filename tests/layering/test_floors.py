@@ -13,7 +13,7 @@ FLOORS = (
     {"protocols", "registry"},
     {"data", "methods", "policies", "rewards", "rollout", "scoring", "tracking"},
     {"trainer"},
-    {"plan", "modalities"},
+    {"checks", "plan", "modalities"},
     {"build"},
     {"api", "compare", "playground"},
     {"cli"},

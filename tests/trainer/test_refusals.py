@@ -6,11 +6,11 @@ import shutil
 import pytest
 from fixtures_runs import REWARDS, document, merged, metrics_of, write_config
 
+from mmgrpo.checks import check_method
 from mmgrpo.cli.main import main
 from mmgrpo.config import load_config
 from mmgrpo.config.compare import FREE_KEYS, first_difference
 from mmgrpo.methods import load_method
-from mmgrpo.plan import check_method
 from mmgrpo.trainer.run_folder import checkpoints
 
 QUICK = {
@@ -209,7 +209,7 @@ def test_refused(models, tmp_path, capsys, changes, parts):
 
 
 def test_a_tracker_that_is_not_installed(models, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mmgrpo.plan.find_spec", lambda name: None)
+    monkeypatch.setattr("mmgrpo.checks.find_spec", lambda name: None)
     doc = text(models, tmp_path / "run", tracking={"trackers": ["tensorboard"]})
     refused(tmp_path, doc, capsys, "tensorboard is not installed", "mmgrpo[tracking]")
 
