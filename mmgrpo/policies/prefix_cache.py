@@ -1,7 +1,8 @@
 """Keys and values of a group's prompt once, and of each row's own tokens behind it.
 
-A row attends to its prompt together with the rest of its group, and to its own tokens by itself;
-the two softmaxes are merged by their log-sum-exp (arXiv:2402.05099). Nothing is fanned out.
+The scores of a prompt's tokens are computed for all rows of its group together, those of a row's
+own tokens by themselves; one softmax is over both. A short prompt costs less as a copy for each row
+than in products of its own, and becomes the first of a row's own tokens.
 
 Shapes: r rows, of P prompts with up to n rows each; Lp prompt tokens, up to C own ones; H heads of
 keys, g queries for each of them, D features.
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-MIN_ROOM = 16
+MIN_ROOM = 64
 """Tokens of room that is left at least, when there has to be more."""
+COPIED = 2**18
+"""Numbers in the copies of the prompts' keys and values, up to which rows have their own."""
 
 Pair = tuple[Tensor, Tensor]
 
@@ -30,10 +33,10 @@ class PrefixCache:
             mask: ``[P, Lp]`` bool, off on padding.
         """
         self._prompts, self._mask = prompts, mask
-        self._own = [(keys[:, :, :0], values[:, :, :0]) for keys, values in prompts]
+        self._own = [torch.stack(pair)[:, :, :, :0] for pair in prompts]  # [2, r, H, C, D]
         self._length = torch.zeros(len(mask), dtype=torch.int64, device=mask.device)
+        self._start = torch.zeros_like(self._length)
         self._most, self._equal = 0, True
-        self._own_bias: Tensor | None = None
         self._arrange(torch.arange(len(mask), device=mask.device))
 
     def select(self, rows: Tensor) -> None:
@@ -44,23 +47,29 @@ class PrefixCache:
             start = _common_padding(mask)
             self._mask = mask[:, start:]
             self._prompts = [(k[kept, :, start:], v[kept, :, start:]) for k, v in self._prompts]
-        self._own = [(keys[rows], values[rows]) for keys, values in self._own]
-        self._length = self._length[rows]
+        self._own = [own[:, rows] for own in self._own]
+        self._length, self._start = self._length[rows], self._start[rows]
         self._measure()
         self._arrange(owner)
 
     def join(self, other: PrefixCache) -> None:
         """Put another cache's rows below these."""
+        self._copy_short_prompts()
+        other._copy_short_prompts()
         width = max(self._mask.shape[1], other._mask.shape[1])
         room = max(self._most, other._most) + MIN_ROOM
         owner = torch.cat([self._owner, other._owner + len(self._mask)])
         pairs = zip(self._prompts, other._prompts, strict=True)
-        self._prompts = [_join(mine, its, (width, 0)) for mine, its in pairs]
-        pairs = zip(self._own, other._own, strict=True)
-        self._own = [_join(mine, its, (0, room)) for mine, its in pairs]
+        self._prompts = [
+            (_below(k, its_k, width, left=True), _below(v, its_v, width, left=True))
+            for (k, v), (its_k, its_v) in pairs
+        ]
+        owns = zip(self._own, other._own, strict=True)
+        self._own = [_below(mine, its, room, left=False) for mine, its in owns]
         masks = (self._mask, other._mask)
         self._mask = torch.cat([pad(mask, (width - mask.shape[1], 0)) for mask in masks])
         self._length = torch.cat([self._length, other._length])
+        self._start = torch.cat([self._start, other._start])
         self._measure()
         self._arrange(owner)
 
@@ -80,119 +89,108 @@ class PrefixCache:
         place = owner * self._width + rank
         everywhere = torch.arange(len(counts) * self._width, device=owner.device)
         self._place = None if torch.equal(place, everywhere) else place
-        self._bias = None
-        if not bool(self._mask.all()):
-            self._bias = _bias(self._mask, self._prompts[0][0].dtype)
+        self._rows = torch.arange(len(owner), device=owner.device)
+        self._all = self._equal and bool(self._mask.all()) and not bool(self._start.any())
 
     def open(self) -> None:
         """Make room for one token more of each row; :meth:`attend` then writes it, layer by layer.
 
         Rows of different lengths have their tokens aligned on the left.
         """
-        if self._most == self._own[0][0].shape[2]:
+        self._copy_short_prompts()
+        if self._most == self._own[0].shape[3]:
             room = max(MIN_ROOM, self._most // 4)
-            self._own = [(_more(keys, room), _more(values, room)) for keys, values in self._own]
+            self._own = [pad(own, (0, 0, 0, room)) for own in self._own]
         self._most += 1
-        self._rows = torch.arange(len(self._length), device=self._length.device)
-        self._slot = self._length
-        self._length = self._length + 1
-        self._own_bias = None
-        if not self._equal:
-            place = torch.arange(self._most, device=self._length.device)
-            self._own_bias = _bias(place < self._length[:, None], self._own[0][0].dtype)
+        self._slot, self._length = self._length, self._length + 1
+        self._hidden = None if self._all else self._find_hidden()
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _copy_short_prompts(self) -> None:
+        """Make prompts the first of the rows' own tokens, if they are short and nothing follows."""
+        keys = self._prompts[0][0]
+        if self._most or 2 * len(self._owner) * keys[0].numel() > COPIED:
+            return
+        self._own = [torch.stack([k[self._owner], v[self._owner]]) for k, v in self._prompts]
+        self._start = (~self._mask).sum(dim=1)[self._owner]
+        self._length = torch.full_like(self._start, keys.shape[2])
+        self._prompts = [(k[:, :, :0], v[:, :, :0]) for k, v in self._prompts]
+        self._mask = self._mask[:, :0]
+        self._measure()
+        self._arrange(self._owner)
+
+    def _find_hidden(self) -> Tensor:
+        """``[r, 1, Lp + C]`` bool: what a row's queries must not find."""
+        place = torch.arange(self._most, device=self._length.device)
+        own = (place < self._start[:, None]) | (place >= self._length[:, None])
+        return torch.cat([~self._mask[self._owner], own], dim=1)[:, None]
+
+    def attend(self, layer: int, queries: Tensor, pair: Tensor) -> Tensor:
         """Write a token of each row, and return what its queries find.
 
         Args:
             layer: number of the layer.
             queries: ``[r, H * g, D]``, already scaled.
-            keys: ``[r, H, D]``.
-            values: ``[r, H, D]``.
+            pair: ``[r, 2 * H, D]``, the keys and then the values.
 
         Returns:
             ``[r, H * g * D]``.
         """
-        count, heads, _, size = self._prompts[layer][0].shape
-        pair = self._own[layer]
+        own, (prompt_keys, prompt_values) = self._own[layer], self._prompts[layer]
+        heads, length = prompt_keys.shape[1:3]
+        self._write(own, pair.unflatten(1, (2, heads)).transpose(0, 1))
+        keys, values = own.narrow(3, 0, self._most).flatten(1, 2).unbind()  # [r * H, C, D] each
+
+        scores = queries.reshape(len(keys), -1, queries.shape[-1]).bmm(keys.mT)
+        if length:
+            shared = self._gather(queries, heads).bmm(prompt_keys.flatten(0, 1).mT)
+            shared = self._scatter(shared, heads)
+            scores = torch.cat([shared, scores.view(*shared.shape[:-1], -1)], dim=-1)
+        scores = scores.view(len(queries), -1, length + self._most).float()
+        if self._hidden is not None:
+            scores = scores.masked_fill_(self._hidden, -torch.inf)
+
+        weights = scores.softmax(dim=-1).to(values.dtype)
+        on_own = weights.narrow(2, length, self._most).unflatten(1, (heads, -1))
+        found = on_own.flatten(0, 1).bmm(values)
+        if length:
+            shared = self._gather(weights.narrow(2, 0, length), heads)
+            shared = self._scatter(shared.bmm(prompt_values.flatten(0, 1)), heads)
+            found = found.view(shared.shape) + shared
+        return found.view(len(queries), -1)
+
+    def _write(self, own: Tensor, pair: Tensor) -> None:
+        """Write ``[2, r, H, D]`` keys and values behind those of each row."""
         if self._equal:
-            for full, states in zip(pair, (keys, values), strict=True):
-                full.select(2, self._most - 1).copy_(states)
+            own.select(3, self._most - 1).copy_(pair)
         else:
-            for full, states in zip(pair, (keys, values), strict=True):
-                full[self._rows, :, self._slot] = states
-        own = (pair[0].narrow(2, 0, self._most), pair[1].narrow(2, 0, self._most))
-        grouped = queries.reshape(len(keys), heads, -1, size)
-        alone, alone_lse = attention(grouped, own, self._own_bias)
-        spread, place = queries, self._place
-        if place is not None:
-            places = queries.new_zeros((count * self._width, *queries.shape[1:]))
-            spread = places.index_copy_(0, place, queries)
-        spread = spread.reshape(count, self._width, heads, -1, size).transpose(1, 2).flatten(2, 3)
-        found, lse = attention(spread, self._prompts[layer], self._bias)
-        shape = (count, heads, self._width, -1)
-        found, lse = found.view(*shape, size).transpose(1, 2), lse.view(shape).transpose(1, 2)
-        if place is not None:
-            found, lse = found.flatten(0, 1)[place], lse.flatten(0, 1)[place]
-        weight = (lse - alone_lse.view(lse.shape)).sigmoid_().unsqueeze(-1).to(found.dtype)
-        return torch.lerp(alone.view(found.shape), found, weight).reshape(len(keys), -1)
+            own[:, self._rows, :, self._slot] = pair.transpose(0, 1)
+
+    def _gather(self, states: Tensor, heads: int) -> Tensor:
+        """Turn ``[r, H * g, X]`` into ``[P * H, n * g, X]``, the rows of a prompt side by side."""
+        count = len(self._mask)
+        if self._place is not None:
+            places = states.new_zeros((count * self._width, *states.shape[1:]))
+            states = places.index_copy_(0, self._place, states)
+        states = states.view(count, self._width, heads, -1, states.shape[-1])
+        return states.transpose(1, 2).reshape(count * heads, -1, states.shape[-1])
+
+    def _scatter(self, states: Tensor, heads: int) -> Tensor:
+        """Undo :meth:`_gather`: return ``[r, H, g, X]``, or ``[P, n, H, g, X]`` without gaps."""
+        states = states.view(len(self._mask), heads, self._width, -1, states.shape[-1])
+        states = states.transpose(1, 2)
+        return states if self._place is None else states.flatten(0, 1)[self._place]
 
 
-def attention(queries: Tensor, pair: Pair, bias: Tensor | None) -> Pair:
-    """Return what scaled queries find, and the log of the sum of their scores' exponentials.
-
-    Args:
-        queries: ``[B, H, n, D]``.
-        pair: keys and values ``[B, H, L, D]``.
-        bias: None or ``[B, 1, 1, L]``, minus infinity where nothing may be found.
-
-    Returns:
-        ``[B, H, n, D]`` and float32 ``[B, H, n]``.
-    """
-    keys, values = pair
-    if queries.device.type == "cpu":
-        # The public function computes the log-sum-exp too, but does not return it.
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
-        found, lse = kernel(queries, keys, values, attn_mask=bias, scale=1.0)
-        return found, lse
-    return plain_attention(queries, pair, bias)
-
-
-def plain_attention(queries: Tensor, pair: Pair, bias: Tensor | None) -> Pair:
-    """Return what :func:`attention` returns, from matrix products."""
-    keys, values = pair
-    scores = (queries @ keys.transpose(-1, -2)).float()
-    scores = scores if bias is None else scores + bias
-    lse = scores.logsumexp(dim=-1)
-    return (scores - lse.unsqueeze(-1)).exp().to(values.dtype) @ values, lse
-
-
-def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[B, 1, 1, L]``: 0 in the mask, minus infinity elsewhere."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)[
-        :, None, None
-    ]
-
-
-def _more(states: Tensor, room: int) -> Tensor:
-    larger = states.new_zeros((*states.shape[:2], states.shape[2] + room, states.shape[3]))
-    larger[:, :, : states.shape[2]] = states
-    return larger
-
-
-def _join(mine: Pair, its: Pair, size: tuple[int, int]) -> Pair:
-    """Concatenate rows whose tokens are filled up, on the left or on the right, to a number."""
-    left, right = size
+def _below(mine: Tensor, its: Tensor, length: int, *, left: bool) -> Tensor:
+    """Put the rows of ``[..., r, H, L, D]`` below each other, filled up or cut to a length."""
 
     def fill(states: Tensor) -> Tensor:
-        count = states.shape[2]
-        if right:
-            states, count = states[:, :, :right], min(count, right)
-        return pad(states, (0, 0, max(left - count, 0), max(right - count, 0)))
+        missing = length - states.shape[-2]
+        return pad(states, (0, 0, *((missing, 0) if left else (0, missing))))
 
-    one, two = (torch.cat([fill(a), fill(b)]) for a, b in zip(mine, its, strict=True))
-    return one, two
+    return torch.cat([fill(mine), fill(its)], dim=-4)
 
 
 def _common_padding(mask: Tensor) -> int:
-    return int(mask.any(dim=0).to(torch.uint8).argmax())
+    used = mask.any(dim=0)
+    return int(used.to(torch.uint8).argmax()) if bool(used.any()) else len(used)

@@ -123,15 +123,18 @@ class PrefixState:
         rotation = self._rotations.pop()
         self._cache.open()
         for number, layer in enumerate(self._layers):
-            queries, keys, values = layer.project(layer.before(x), *rotation)
-            x = x + layer.output(self._cache.attend(number, queries, keys, values))
+            queries, pair = layer.project(layer.before(x), *rotation)
+            x = x + layer.output(self._cache.attend(number, queries, pair))
             x = x + layer.feed(layer.between(x))
         self._next = self._next + 1
         self.logits = self._logits(self._norm(x))
         return self.logits
 
     def _rotate_ahead(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """``[r, H + K, D]`` factors of the next tokens' rotations, last first, with the scale."""
+        """``[r, H + 2K, D]`` factors of the next tokens' rotations, last first, with the scale.
+
+        Values are not rotated: their factors are one and zero.
+        """
         attn = self._decoder.layers[0].self_attn
         steps = self._next[:, None] + torch.arange(AHEAD, device=x.device)
         cos, sin = self._decoder.rotary_emb(x[:, None], steps.expand(*self._axes, *steps.shape))
@@ -140,9 +143,12 @@ class PrefixState:
         half = cos.shape[-1] // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
         queries, keys = self._layers[0].heads
-        scale = cos.new_ones(queries + keys, 1)
+        scale = cos.new_ones(queries + 2 * keys, 1)
         scale[:queries] = attn.scaling
-        ahead = [(part[:, :, None] * scale).unbind(1) for part in (cos, sin)]
+        ahead = [part[:, :, None] * scale for part in (cos, sin)]
+        for part, unmoved in zip(ahead, (1.0, 0.0), strict=True):
+            part[:, :, queries + keys :] = unmoved
+        ahead = [part.unbind(1) for part in ahead]
         return list(zip(*ahead, strict=True))[::-1]
 
 
@@ -182,24 +188,20 @@ class _Layer:
             heads=_heads(layer),
         )
 
-    def project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries ``[r, H, D]`` and keys ``[r, K, D]``, and values ``[r, K, D]``."""
+    def project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rotated queries ``[r, H, D]``, and rotated keys with the values ``[r, 2K, D]``."""
         queries, keys = self.heads
         if self.together is not None:
             states = self.together(h).view(len(h), -1, self.size)
-            both, values = (
-                states.narrow(1, 0, queries + keys),
-                states.narrow(1, queries + keys, keys),
-            )
         else:
             q, k, v = (
                 p(h).view(len(h), -1, self.size) for p in (self.queries, self.keys, self.values)
             )
             if self.query_norm is not None and self.key_norm is not None:
                 q, k = self.query_norm(q), self.key_norm(k)
-            both, values = torch.cat([q, k], dim=1), v
-        both = torch.addcmul(both * cos, both.roll(self.size // 2, dims=-1), sin)
-        return both.narrow(1, 0, queries), both.narrow(1, queries, keys), values
+            states = torch.cat([q, k, v], dim=1)
+        states = torch.addcmul(states * cos, states.roll(self.size // 2, dims=-1), sin)
+        return states.narrow(1, 0, queries), states.narrow(1, queries, 2 * keys)
 
 
 def try_state(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -92,13 +92,23 @@ def _check_ranges(**settings: Any) -> None:
 
 @dataclass
 class _Written:
-    """What has been written so far: ``[R, T]`` each, and ``[R]`` whether a row ended by itself."""
+    """What has been written so far.
+
+    Attributes:
+        ids: ``[R, T]``.
+        log_prob: ``[R, T]``, without what :meth:`settle` has yet to put there.
+        entropy: ``[R, T]``, likewise.
+        length: ``[R]`` how many tokens a row had when it was settled.
+        ended: ``[R]`` whether a row ended by itself.
+        latest: the ``[r]`` log-probabilities and entropies of the last tokens.
+    """
 
     ids: Tensor
     log_prob: Tensor
     entropy: Tensor
-    mask: Tensor
+    length: Tensor
     ended: Tensor
+    latest: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @classmethod
     def blank(cls, rows: int, width: int, pad_id: int, device: torch.device) -> _Written:
@@ -106,12 +116,38 @@ class _Written:
             ids=torch.full((rows, width), pad_id, device=device),
             log_prob=torch.zeros(rows, width, device=device),
             entropy=torch.zeros(rows, width, device=device),
-            mask=torch.zeros(rows, width, dtype=torch.bool, device=device),
+            length=torch.zeros(rows, dtype=torch.int64, device=device),
             ended=torch.zeros(rows, dtype=torch.bool, device=device),
         )
 
+    @property
+    def mask(self) -> Tensor:
+        """``[R, T]`` bool: where there is a token."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.length[:, None]
+
+    def settle(self, rows: Tensor, count: Tensor) -> None:
+        """Put in their places the latest numbers of ``rows [r]``, which have ``count [r]`` tokens.
+
+        To be called before other rows are written.
+        """
+        if not self.latest:
+            return
+        place = count[:, None] - torch.arange(len(self.latest), 0, -1, device=count.device)
+        for whole, parts in zip(
+            (self.log_prob, self.entropy), zip(*self.latest, strict=True), strict=True
+        ):
+            whole[rows[:, None], place] = torch.stack(parts, dim=1)
+        self.length[rows] = count
+        self.latest.clear()
+
     def select(self, rows: Tensor) -> _Written:
-        return _Written(**{name: value[rows] for name, value in vars(self).items()})
+        return _Written(
+            ids=self.ids[rows],
+            log_prob=self.log_prob[rows],
+            entropy=self.entropy[rows],
+            length=self.length[rows],
+            ended=self.ended[rows],
+        )
 
 
 class AutoregressiveEngine:
@@ -226,7 +262,7 @@ class AutoregressiveEngine:
     ) -> None:
         """Write all completions; ``rows`` are those in work, ``count`` how far each of them is."""
         device, size = prompt_row.device, self._max_rows or len(prompt_row)
-        eos = torch.tensor(self.policy.eos_ids, dtype=torch.int64, device=device)
+        self._eos = torch.tensor(self.policy.eos_ids, dtype=torch.int64, device=device)
         rows = count = torch.zeros(0, dtype=torch.int64, device=device)
         state: Any = None
         started, joins = 0, True
@@ -235,6 +271,7 @@ class AutoregressiveEngine:
             if free and (state is None or (joins and 4 * len(rows) <= 3 * size)):
                 fresh = self._begin(encoded, prompt_row[started : started + free])
                 if state is None or state.join(fresh):
+                    written.settle(rows, count)
                     state = fresh if state is None else state
                     rows = torch.cat([rows, torch.arange(started, started + free, device=device)])
                     count = torch.cat([count, count.new_zeros(free)])
@@ -243,9 +280,10 @@ class AutoregressiveEngine:
                     joins = False
             tokens = self._write_token(written, rows, count, state.logits, uniforms)
             count = count + 1
-            ended = torch.isin(tokens, eos) | self._has_stop(written.ids, rows, count)
+            ended = self._ended(tokens, written.ids, rows, count)
             left = ~ended & (count < self.room)
             if not bool(left.all()):
+                written.settle(rows, count)
                 written.ended[rows] = ended
                 if told is not None:
                     told.finished(rows[~left])
@@ -273,9 +311,8 @@ class AutoregressiveEngine:
         probs = log_p.exp()
         tokens = self._draw(log_p, probs, uniforms[rows, count])
         written.ids[rows, count] = tokens
-        written.log_prob[rows, count] = log_p.gather(-1, tokens[:, None]).squeeze(-1)
-        written.entropy[rows, count] = self.policy.entropy(log_p, probs)
-        written.mask[rows, count] = True
+        log_prob = log_p.gather(-1, tokens[:, None]).squeeze(-1)
+        written.latest.append((log_prob, self.policy.entropy(log_p, probs)))
         return tokens
 
     def _distribution(self, logits: Tensor, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:
@@ -289,10 +326,13 @@ class AutoregressiveEngine:
         kept = filter_logits(log_p, **self._filters)
         return sample_inverse_cdf(probs if kept is log_p else kept.exp(), uniforms)
 
+    def _ended(self, tokens: Tensor, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:
+        """Return ``[r]``: the last ``tokens [r]`` of ``rows [r]`` in ``ids [R, T]`` end them."""
+        ended = torch.isin(tokens, self._eos)
+        return ended | self._has_stop(ids, rows, count) if self._stop else ended
+
     def _has_stop(self, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:
         """Return ``[r]``: the first ``count`` of ``rows [r]`` in ``ids [R, T]`` end in a stop."""
-        if not self._stop:
-            return torch.zeros_like(rows, dtype=torch.bool)
         # A token is at least one byte of text; a few more cover tokens that decode to nothing.
         window = max(len(text.encode()) for text in self._stop) + 8
         pairs = zip(ids[rows].tolist(), count.tolist(), strict=True)
@@ -308,7 +348,7 @@ class AutoregressiveEngine:
         prompts: Sequence[Prompt],
         version: int,
     ) -> Trajectories:
-        width = int(written.mask.sum(dim=1).max())
+        width = int(written.length.max())
         index = torch.tensor([prompt.index for prompt in prompts], device=prompt_row.device)
         ids, temperature = written.ids[:, :width], self._temperature or 1.0
         return Trajectories(

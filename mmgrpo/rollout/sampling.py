@@ -17,6 +17,8 @@ BLOCK = 256
 """Tokens that are summed together when a large vocabulary is searched."""
 BELOW_ONE = 1 - 2**-53
 """The largest float64 below 1; a number times it is always smaller."""
+IN_ORDER = ("cpu",)
+"""Devices whose running sums add one number after the other, so that they never fall."""
 
 
 def filter_logits(
@@ -87,36 +89,36 @@ def sample_inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
         weight are candidates, and the last of them exceeds every target.
     """
     size = probs.shape[-1]
-    uniforms = uniforms.double()
+    uniforms = uniforms.double().clamp(max=BELOW_ONE)[:, None]
     if size <= 2 * BLOCK:
-        return _first_above(probs, uniforms, None)[0].squeeze(-1)
+        cdf = _running_sum(probs)
+        return _first_above(cdf, uniforms * cdf[:, -1:]).squeeze(-1)
     whole = size // BLOCK * BLOCK
     sums = probs[:, :whole].unflatten(-1, (-1, BLOCK)).sum(dim=-1)
     sums = torch.cat([sums, probs[:, whole:].sum(dim=-1, keepdim=True)], dim=-1)
-    block, left = _first_above(sums, uniforms, None)
+    cdf = _running_sum(sums)
+    target = uniforms * cdf[:, -1:]
+    block = _first_above(cdf, target)
+    left = target - (cdf.gather(-1, block) - sums.gather(-1, block))
     place = block * BLOCK + torch.arange(BLOCK, device=probs.device)
     inside = probs.gather(-1, place.clamp(max=size - 1)).masked_fill(place >= size, 0)
-    return (block * BLOCK + _first_above(inside, uniforms, left)[0]).squeeze(-1)
+    cdf = _running_sum(inside)
+    found = _first_above(cdf, torch.minimum(left, cdf[:, -1:] * BELOW_ONE))
+    return (block * BLOCK + found).squeeze(-1)
 
 
-def _first_above(weights: Tensor, uniforms: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the first place whose running sum exceeds a target, and how far its start is below.
+def _running_sum(weights: Tensor) -> Tensor:
+    """Return the ``[R, n]`` float64 sums of ``[R, n]`` up to each place; they never fall."""
+    cdf = weights.cumsum(dim=-1, dtype=torch.float64)
+    if cdf.device.type in IN_ORDER:  # a weight of zero leaves the sum as it is
+        return cdf
+    return cdf.masked_fill_(weights <= 0, -1.0).cummax(dim=-1).values
 
-    Args:
-        weights: ``[R, n]``.
-        uniforms: ``[R]`` float64, the target as a share of the sum.
-        target: ``[R, 1]`` float64, the target itself if it is known.
 
-    Returns:
-        ``[R, 1]`` each.
-    """
-    weights = weights.double()
-    cdf = weights.cumsum(dim=-1).masked_fill_(weights <= 0, -1.0)
-    total = cdf.amax(dim=-1, keepdim=True)
-    target = uniforms[:, None] * total if target is None else target
-    target = torch.minimum(target, total * BELOW_ONE)
-    place = (cdf > target).view(torch.uint8).argmax(dim=-1, keepdim=True)
-    return place, target - (cdf.gather(-1, place) - weights.gather(-1, place))
+def _first_above(cdf: Tensor, target: Tensor) -> Tensor:
+    """Return the ``[R, 1]`` first place where a running sum exceeds ``target [R, 1]``."""
+    place = torch.searchsorted(cdf, target, right=True)
+    return place.clamp_(max=cdf.shape[-1] - 1)  # where there is no number, none exceeds another
 
 
 def draw_uniforms(seed: int, streams: Sequence[tuple[int, int]], count: int) -> Tensor:

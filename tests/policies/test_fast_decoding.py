@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mmgrpo.playground.tokenizer import build_tokenizer
 from mmgrpo.policies.autoregressive import AutoregressivePolicy
 from mmgrpo.policies.multimodal import VisionLanguagePolicy
-from mmgrpo.policies.prefix_cache import PrefixCache, attention, plain_attention
+from mmgrpo.policies.prefix_cache import PrefixCache
 from mmgrpo.rollout.autoregressive import AutoregressiveEngine
 
 EOS = 256
@@ -128,8 +128,9 @@ def test_a_step_that_would_be_wrong_is_found_out(monkeypatch):
     monkeypatch.setattr("mmgrpo.policies.prefix_decoding.AHEAD", 0)
     assert not AutoregressivePolicy(tiny_text())._fast
     monkeypatch.undo()
-    wrong = lambda queries, pair, bias: attention(2 * queries, pair, bias)  # noqa: E731
-    monkeypatch.setattr("mmgrpo.policies.prefix_cache.attention", wrong)
+    right = PrefixCache.attend
+    wrong = lambda cache, layer, queries, pair: right(cache, layer, 2 * queries, pair)  # noqa: E731
+    monkeypatch.setattr(PrefixCache, "attend", wrong)
     assert not AutoregressivePolicy(tiny_text())._fast
 
 
@@ -148,19 +149,6 @@ def test_prompts_can_be_evaluated_once_per_completion():
     )
 
 
-@pytest.mark.parametrize("compute", [attention, plain_attention])
-@pytest.mark.parametrize("bias", [False, True])
-def test_attention_returns_the_log_sum_exp_of_the_scores(compute, bias):
-    queries, keys, values = (torch.randn(3, 2, n, 8) for n in (4, 7, 7))
-    hidden = torch.zeros(3, 7, dtype=torch.bool)
-    hidden[0, :2] = bias
-    added = torch.zeros(3, 1, 1, 7).masked_fill(hidden[:, None, None], -torch.inf)
-    found, lse = compute(queries, (keys, values), added if bias else None)
-    scores = queries @ keys.mT + added
-    torch.testing.assert_close(lse, scores.logsumexp(-1))
-    torch.testing.assert_close(found, scores.softmax(-1) @ values)
-
-
 def test_half_precision_stays_within_its_tolerance():
     policy = AutoregressivePolicy(tiny_text(), dtype="bfloat16")
     assert policy._fast
@@ -169,8 +157,10 @@ def test_half_precision_stays_within_its_tolerance():
     assert (found.old_log_prob - again).abs().max() < policy.ratio_tolerance["bfloat16"]
 
 
-def test_rows_that_come_and_go_attend_to_their_own_tokens():
+@pytest.mark.parametrize("copied", [0, 1000, 2**18], ids=["shared", "some copied", "copied"])
+def test_rows_that_come_and_go_attend_to_their_own_tokens(monkeypatch, copied):
     """Against plain attention over each row's tokens, kept in lists."""
+    monkeypatch.setattr("mmgrpo.policies.prefix_cache.COPIED", copied)
     generator = torch.Generator().manual_seed(0)
 
     def rand(*shape):
@@ -186,7 +176,7 @@ def test_rows_that_come_and_go_attend_to_their_own_tokens():
     def step(cache, rows):
         queries, keys, values = rand(len(rows), 4, 8), rand(len(rows), 2, 8), rand(len(rows), 2, 8)
         cache.open()
-        found = cache.attend(0, queries, keys, values)
+        found = cache.attend(0, queries, torch.cat([keys, values], dim=1))
         for i, row in enumerate(rows):
             row[0] = torch.cat([row[0], keys[i, :, None]], dim=1)
             row[1] = torch.cat([row[1], values[i, :, None]], dim=1)
@@ -211,7 +201,7 @@ def test_rows_that_come_and_go_attend_to_their_own_tokens():
     rows += others
     for _ in range(18):
         step(cache, rows)
-    assert cache._mask.shape == (5, 9)
+    assert cache._mask.shape == (5, {0: 9, 1000: 7}.get(copied, 0))
     rows = select(cache, rows, [1, 3, 4])  # of prompts with 5 and 9 tokens
     step(cache, rows)
     rows = select(cache, rows, [1, 2])  # of one prompt, which is no longer padded

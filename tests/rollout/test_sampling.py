@@ -127,7 +127,9 @@ def test_not_even_where_a_parallel_sum_is_not_monotonic(monkeypatch):
     """On a GPU, the running sum of a plateau may wobble in its last digits."""
     exact = torch.Tensor.cumsum
     wobble = 1e-12 * torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
-    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: exact(self, dim) + wobble)
+    uneven = lambda self, **options: exact(self, **options) + wobble  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "cumsum", uneven)
+    monkeypatch.setattr("mmgrpo.rollout.sampling.IN_ORDER", ())
     weights = torch.tensor([[0.0, 0.5, 0.0, 0.0, 0.5, 0.0]], dtype=torch.float64)
     for uniform in (0.0, 0.5, 1.0):
         found = sample_inverse_cdf(weights, torch.tensor([uniform], dtype=torch.float64))
