@@ -22,6 +22,7 @@ from mmgrpo.policies.multimodal import VisionLanguagePolicy
 from mmgrpo.policies.token_payload import pad_right
 from mmgrpo.protocols import Prompt
 from mmgrpo.rollout.autoregressive import AutoregressiveEngine
+from mmgrpo.trainer.memory import keep_freed_memory
 
 SIZES = {
     "small": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
@@ -155,6 +156,7 @@ class Mmgrpo:
         dtype: str = "float32",
         device: str = "cpu",
     ) -> None:
+        keep_freed_memory()  # as a run does
         self.policy = KINDS[case.kind].policy(folder, reference="none", dtype=dtype)
         self.policy.model.to(device)
         self.policy.model.generation_config.eos_token_id = []  # nothing ends before its full length

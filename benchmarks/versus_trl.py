@@ -3,26 +3,29 @@
     python benchmarks/versus_trl.py                      # every case, 7 interleaved repeats
     python benchmarks/versus_trl.py --cases 0 1 --repeats 1
 
-Gradients are compared first; a case whose gradients differ is not timed. See README.md.
+Each has a process of its own, one computes while the other waits. Gradients are compared first; a
+case whose gradients differ is not timed. See README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import torch
-from systems import KINDS, SYSTEMS, System, save_model
+from systems import KINDS, SYSTEMS, save_model
 
 GROUP = 8
 TOLERANCE = 1e-5
@@ -95,29 +98,84 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """``cpu`` counts what this process computed: on a busy machine with one thread the fairer one."""
 
 
-def timed(call: Callable[[], Any], now: Callable[[], float]) -> float:
-    """Seconds that a call takes."""
-    start = now()
-    call()
-    return now() - start
+class Remote:
+    """A system in a process of its own, which waits while it is not asked."""
+
+    def __init__(self, name: str, folder: Path, case: Case, options: Any) -> None:
+        self._pipe, theirs = multiprocessing.Pipe()
+        chosen = (theirs, name, folder, case, options.threads, options.clock)
+        spawn = multiprocessing.get_context("spawn")
+        self._process = spawn.Process(target=_serve, args=chosen, daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def gradient(self) -> dict[str, torch.Tensor]:
+        """Gradient on the fixed batch, by parameter name."""
+        return {name: torch.from_numpy(value) for name, value in self._ask("gradient").items()}
+
+    def seconds(self, part: str) -> float:
+        """Seconds that a part takes: step, update or generate."""
+        return float(self._ask(part))
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
+    def _ask(self, verb: str) -> Any:
+        self._pipe.send(verb)
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise SystemExit(f"{verb} failed; the reason is above.") from None
+
+
+def _serve(pipe: Any, name: str, folder: Path, case: Case, threads: int, clock: str) -> None:
+    """Answer the verbs of :class:`Remote` until it is closed."""
+    torch.set_num_threads(threads)
+    system, now = SYSTEMS[name](folder, case, fixed_batch(case)), CLOCKS[clock]
+    while True:
+        try:
+            verb = pipe.recv()
+        except EOFError:
+            return
+        if verb == "gradient":
+            pipe.send({name: value.numpy() for name, value in system.gradient().items()})
+            continue
+        start = now()
+        getattr(system, verb)()
+        pipe.send(now() - start)
+
+
+@contextmanager
+def running(
+    names: list[str], folder: Path, case: Case, options: Any
+) -> Iterator[dict[str, Remote]]:
+    """Within the context, the systems are there."""
+    systems = {name: Remote(name, folder, case, options) for name in names}
+    try:
+        yield systems
+    finally:
+        for system in systems.values():
+            system.close()
 
 
 def measure(case: Case, names: list[str], options: Any, folder: Path) -> dict[str, Any]:
     """Return the gradient error and, per system, the medians of step, update and generation."""
     save_model(folder, vocabulary=case.vocabulary, size=case.size, kind=case.kind)
-    batch = fixed_batch(case)
-    systems: dict[str, System] = {name: SYSTEMS[name](folder, case, batch) for name in names}
-    error = gradient_error(systems["mmgrpo"].gradient(), systems["TRL best settings"].gradient())
-    if error > TOLERANCE:
-        raise SystemExit(f"{case}: the gradients differ by {error:.1e}; nothing was timed.")
     seconds: dict[str, dict[str, list[float]]] = {n: {} for n in names}
-    for repeat in range(options.cold, options.repeats + 1):
-        for name, system in systems.items():
-            for part in ("step", "update", "generate"):
-                found = timed(getattr(system, part), CLOCKS[options.clock])
-                print(f"{case}; {repeat}: {name}, {part}: {found:.2f} s", file=sys.stderr)
-                if repeat:  # the first is the warm-up
-                    seconds[name].setdefault(part, []).append(found)
+    with running(names, folder, case, options) as systems:
+        ours, theirs = (systems[name].gradient() for name in ("mmgrpo", "TRL best settings"))
+        error = gradient_error(ours, theirs)
+        if error > TOLERANCE:
+            raise SystemExit(f"{case}: the gradients differ by {error:.1e}; nothing was timed.")
+        for repeat in range(options.cold, options.repeats + 1):
+            for name, system in systems.items():
+                for part in ("step", "update", "generate"):
+                    found = system.seconds(part)
+                    print(f"{case}; {repeat}: {name}, {part}: {found:.2f} s", file=sys.stderr)
+                    if repeat:  # the first is the warm-up
+                        seconds[name].setdefault(part, []).append(found)
     medians = {
         name: {part: statistics.median(values) for part, values in parts.items()}
         for name, parts in seconds.items()

@@ -41,6 +41,7 @@ from mmgrpo.trainer.distributed import (
 from mmgrpo.trainer.evaluate import evaluate as run_evaluation
 from mmgrpo.trainer.history import RewardHistory
 from mmgrpo.trainer.loop import fit
+from mmgrpo.trainer.memory import keep_freed_memory
 from mmgrpo.trainer.optim import Optimizer
 from mmgrpo.trainer.parts import Evaluator, Parts
 from mmgrpo.trainer.quiet import silence
@@ -143,6 +144,8 @@ def assemble(
     check_prompts(prompts, config)
     rewards = make_rewards(config) if rewards is None else rewards
     scorer = make_scorer(rewards, config, prompts)
+    if config.speed.keep_memory:
+        keep_freed_memory()
     given, policy = policy, make_policy(config, method) if policy is None else policy
     policy.network.to(accelerator.device)
     keep_reference(policy, method, config)

@@ -34,6 +34,7 @@ class PrefixCache:
         """
         self._prompts, self._mask = prompts, mask
         self._own = [torch.stack(pair)[:, :, :, :0] for pair in prompts]  # [2, r, H, C, D]
+        self._views: list[tuple[Tensor, Tensor, Tensor]] = []
         self._length = torch.zeros(len(mask), dtype=torch.int64, device=mask.device)
         self._start = torch.zeros_like(self._length)
         self._most, self._equal = 0, True
@@ -91,6 +92,7 @@ class PrefixCache:
         self._place = None if torch.equal(place, everywhere) else place
         self._rows = torch.arange(len(owner), device=owner.device)
         self._all = self._equal and bool(self._mask.all()) and not bool(self._start.any())
+        self._views = []
 
     def open(self) -> None:
         """Make room for one token more of each row; :meth:`attend` then writes it, layer by layer.
@@ -101,6 +103,9 @@ class PrefixCache:
         if self._most == self._own[0].shape[3]:
             room = max(MIN_ROOM, self._most // 4)
             self._own = [pad(own, (0, 0, 0, room)) for own in self._own]
+            self._views = []
+        if not self._views:
+            self._views = [_views(own) for own in self._own]
         self._most += 1
         self._slot, self._length = self._length, self._length + 1
         self._hidden = None if self._all else self._find_hidden()
@@ -110,7 +115,10 @@ class PrefixCache:
         keys = self._prompts[0][0]
         if self._most or 2 * len(self._owner) * keys[0].numel() > COPIED:
             return
-        self._own = [torch.stack([k[self._owner], v[self._owner]]) for k, v in self._prompts]
+        room = (0, 0, 0, MIN_ROOM)
+        self._own = [
+            torch.stack([pad(x, room)[self._owner] for x in pair]) for pair in self._prompts
+        ]
         self._start = (~self._mask).sum(dim=1)[self._owner]
         self._length = torch.full_like(self._start, keys.shape[2])
         self._prompts = [(k[:, :, :0], v[:, :, :0]) for k, v in self._prompts]
@@ -130,17 +138,21 @@ class PrefixCache:
         Args:
             layer: number of the layer.
             queries: ``[r, H * g, D]``, already scaled.
-            pair: ``[r, 2 * H, D]``, the keys and then the values.
+            pair: ``[r, 2, H, D]``, the keys and the values.
 
         Returns:
             ``[r, H * g * D]``.
         """
-        own, (prompt_keys, prompt_values) = self._own[layer], self._prompts[layer]
+        slots, keys, values = self._views[layer]
+        prompt_keys, prompt_values = self._prompts[layer]
         heads, length = prompt_keys.shape[1:3]
-        self._write(own, pair.unflatten(1, (2, heads)).transpose(0, 1))
-        keys, values = own.narrow(3, 0, self._most).flatten(1, 2).unbind()  # [r * H, C, D] each
+        if self._equal:
+            slots.select(3, self._most - 1).copy_(pair)
+        else:
+            slots[self._rows, :, :, self._slot] = pair
+        keys, values = keys.narrow(2, 0, self._most), values.narrow(1, 0, self._most)
 
-        scores = queries.reshape(len(keys), -1, queries.shape[-1]).bmm(keys.mT)
+        scores = queries.reshape(len(keys), -1, queries.shape[-1]).bmm(keys)
         if length:
             shared = self._gather(queries, heads).bmm(prompt_keys.flatten(0, 1).mT)
             shared = self._scatter(shared, heads)
@@ -158,13 +170,6 @@ class PrefixCache:
             found = found.view(shared.shape) + shared
         return found.view(len(queries), -1)
 
-    def _write(self, own: Tensor, pair: Tensor) -> None:
-        """Write ``[2, r, H, D]`` keys and values behind those of each row."""
-        if self._equal:
-            own.select(3, self._most - 1).copy_(pair)
-        else:
-            own[:, self._rows, :, self._slot] = pair.transpose(0, 1)
-
     def _gather(self, states: Tensor, heads: int) -> Tensor:
         """Turn ``[r, H * g, X]`` into ``[P * H, n * g, X]``, the rows of a prompt side by side."""
         count = len(self._mask)
@@ -179,6 +184,12 @@ class PrefixCache:
         states = states.view(len(self._mask), heads, self._width, -1, states.shape[-1])
         states = states.transpose(1, 2)
         return states if self._place is None else states.flatten(0, 1)[self._place]
+
+
+def _views(own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of ``[2, r, H, C, D]``: both ``[r, 2, H, C, D]``, keys ``[r * H, D, C]``, values."""
+    keys, values = own.flatten(1, 2).unbind()
+    return own.transpose(0, 1), keys.mT, values
 
 
 def _below(mine: Tensor, its: Tensor, length: int, *, left: bool) -> Tensor:

@@ -123,9 +123,9 @@ class PrefixState:
         rotation = self._rotations.pop()
         self._cache.open()
         for number, layer in enumerate(self._layers):
-            queries, pair = layer.project(layer.before(x), *rotation)
-            x = x + layer.output(self._cache.attend(number, queries, pair))
-            x = x + layer.feed(layer.between(x))
+            queries, pair = layer.project(x, *rotation)
+            x = layer.output(x, self._cache.attend(number, queries, pair))
+            x = layer.feed(x)
         self._next = self._next + 1
         self.logits = self._logits(self._norm(x))
         return self.logits
@@ -154,54 +154,38 @@ class PrefixState:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What a layer does, without the lookups that calling its modules takes."""
+    """What a layer does, without the lookups that calling its modules takes.
 
-    before: Apply
-    queries: Apply
-    keys: Apply
-    values: Apply
-    query_norm: Apply | None
-    key_norm: Apply | None
-    together: Apply | None
-    output: Apply
-    between: Apply
+    Attributes:
+        states: turns ``[r, X]`` into queries, keys and values ``[r, H + 2K, D]``, not yet rotated.
+        output: adds to ``[r, X]`` what is made of ``[r, H * D]``.
+        feed: what follows the attention.
+        heads: H and K.
+    """
+
+    states: Apply
+    output: Callable[[Tensor, Tensor], Tensor]
     feed: Apply
-    size: int
     heads: tuple[int, int]
 
     @classmethod
     def of(cls, layer: Any) -> _Layer:
-        attn = layer.self_attn
-        normed = hasattr(attn, "q_norm")
+        attn, feed = layer.self_attn, _feed(layer.post_attention_layernorm, layer.mlp)
         return cls(
-            before=_norm(layer.input_layernorm),
-            queries=_linear(attn.q_proj),
-            keys=_linear(attn.k_proj),
-            values=_linear(attn.v_proj),
-            query_norm=_norm(attn.q_norm) if normed else None,
-            key_norm=_norm(attn.k_norm) if normed else None,
-            together=None if normed else _joined((attn.q_proj, attn.k_proj, attn.v_proj)),
-            output=_linear(attn.o_proj),
-            between=_norm(layer.post_attention_layernorm),
-            feed=_feed(layer.mlp),
-            size=attn.head_dim,
+            states=_states(layer.input_layernorm, attn),
+            output=_added(attn.o_proj),
+            feed=lambda x: x + feed(x),
             heads=_heads(layer),
         )
 
-    def project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rotated queries ``[r, H, D]``, and rotated keys with the values ``[r, 2K, D]``."""
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries ``[r, H, D]`` and keys, both rotated, with the values ``[r, 2, K, D]``."""
         queries, keys = self.heads
-        if self.together is not None:
-            states = self.together(h).view(len(h), -1, self.size)
-        else:
-            q, k, v = (
-                p(h).view(len(h), -1, self.size) for p in (self.queries, self.keys, self.values)
-            )
-            if self.query_norm is not None and self.key_norm is not None:
-                q, k = self.query_norm(q), self.key_norm(k)
-            states = torch.cat([q, k, v], dim=1)
-        states = torch.addcmul(states * cos, states.roll(self.size // 2, dims=-1), sin)
-        return states.narrow(1, 0, queries), states.narrow(1, queries, 2 * keys)
+        states = self.states(x)
+        size = states.shape[-1]
+        states = torch.addcmul(states * cos, states.roll(size // 2, dims=-1), sin)
+        rotated, pair = states.split((queries, 2 * keys), dim=1)
+        return rotated, pair.view(len(x), 2, keys, size)
 
 
 def try_state(
@@ -239,40 +223,78 @@ def _linear(module: nn.Module, hooks: int = 0) -> Apply:
 
 def _product(weight: Tensor, bias: Tensor | None) -> Apply:
     """Return the product with a weight, of which a CPU keeps a copy in oneDNN's order if large."""
-    if weight.numel() < PACKED or weight.device.type != "cpu" or weight.dtype != torch.float32:
+    if weight.numel() < PACKED or not _is_float_on_cpu(weight):
         return partial(linear, weight=weight, bias=bias)
     if not torch.backends.mkldnn.is_available():
         return partial(linear, weight=weight, bias=bias)
     return partial(multiply, weight=packed(weight), bias=bias)
 
 
-def _joined(modules: Sequence[nn.Module]) -> Apply | None:
-    """Return several small layers as one, with a copy of their weights; None for others."""
+def _added(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what adds a layer's output to something."""
+    apply = _linear(module)
+    if isinstance(apply, partial) and apply.func is linear and apply.keywords["bias"] is None:
+        weight = apply.keywords["weight"].t()
+        return lambda x, h: torch.addmm(x, h, weight)
+    return lambda x, h: x + apply(h)
+
+
+def _states(norm: nn.Module, attn: Any) -> Apply:
+    """Return a norm with the projections behind it: ``[r, H + 2K, D]`` of ``[r, X]``."""
+    size, normed = attn.head_dim, hasattr(attn, "q_norm")
+    modules = (attn.q_proj, attn.k_proj, attn.v_proj)
+    together = None if normed else _joined(norm, modules)
+    if together is not None:
+        return lambda x: together(x).view(len(x), -1, size)
+    first, (queries, keys, values) = _norm(norm), (_linear(module) for module in modules)
+    norms = (_norm(attn.q_norm), _norm(attn.k_norm)) if normed else None
+
+    def apply(x: Tensor) -> Tensor:
+        h = first(x)
+        q, k, v = (p(h).view(len(h), -1, size) for p in (queries, keys, values))
+        if norms is not None:
+            q, k = norms[0](q), norms[1](k)
+        return torch.cat([q, k, v], dim=1)
+
+    return apply
+
+
+def _feed(norm: nn.Module, mlp: Any) -> Apply:
+    """Return a norm with a gated network, whose first products are one where they are small."""
+    activate = silu if type(mlp.act_fn).__name__ == "SiLUActivation" else mlp.act_fn
+    down, together = _linear(mlp.down_proj), _joined(norm, (mlp.gate_proj, mlp.up_proj))
+    if together is None:
+        first, gate, up = _norm(norm), _linear(mlp.gate_proj), _linear(mlp.up_proj)
+
+        def apart(x: Tensor) -> Tensor:
+            h = first(x)
+            return down(activate(gate(h)) * up(h))
+
+        return apart
+
+    def apply(x: Tensor) -> Tensor:
+        gated, states = together(x).chunk(2, dim=-1)
+        return down(activate(gated) * states)
+
+    return apply
+
+
+def _joined(norm: nn.Module, modules: Sequence[nn.Module]) -> Apply | None:
+    """Return a norm and small layers behind it as one, with copies of weights; None for others."""
     if not all(is_plain(module) for module in modules):
         return None
     weights: list[Any] = [module.weight for module in modules]
     biases: list[Any] = [module.bias for module in modules]
-    if sum(weight.numel() for weight in weights) > JOINED:
+    if sum(weight.numel() for weight in weights) > JOINED or len({b is None for b in biases}) > 1:
         return None
-    weight = torch.cat(weights)
-    if any(bias is None for bias in biases):
-        return None if any(bias is not None for bias in biases) else _product(weight, None)
-    return _product(weight, torch.cat(biases))
-
-
-def _feed(mlp: Any) -> Apply:
-    """Return what a gated network does, with its first two products as one where they are small."""
-    activate = silu if type(mlp.act_fn).__name__ == "SiLUActivation" else mlp.act_fn
-    together, down = _joined((mlp.gate_proj, mlp.up_proj)), _linear(mlp.down_proj)
-    if together is None:
-        gate, up = _linear(mlp.gate_proj), _linear(mlp.up_proj)
-        return lambda h: down(activate(gate(h)) * up(h))
-
-    def apply(h: Tensor) -> Tensor:
-        gated, states = together(h).chunk(2, dim=-1)
-        return down(activate(gated) * states)
-
-    return apply
+    weight, bias = torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+    if not _is_float_on_cpu(norm.weight):
+        first, product = _norm(norm), _product(weight, bias)
+        return lambda x: product(first(x))
+    scale: Tensor = norm.weight  # type: ignore[assignment]
+    least = weight.new_tensor(norm.variance_epsilon)
+    product = _product(weight * scale, bias)
+    return lambda x: product(x * inverse_length(x, least))
 
 
 def _norm(norm: nn.Module) -> Apply:
@@ -281,7 +303,11 @@ def _norm(norm: nn.Module) -> Apply:
     if weight.dtype != torch.float32:
         return norm
     eps: float = norm.variance_epsilon  # type: ignore[assignment]
-    if weight.device.type != "cpu":  # where it is one kernel
+    if not _is_float_on_cpu(weight):  # where it is one kernel
         return partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
     least = weight.new_tensor(eps)
     return lambda x: (x * inverse_length(x, least)).mul_(weight)
+
+
+def _is_float_on_cpu(weight: Any) -> bool:
+    return bool(weight.dtype == torch.float32 and weight.device.type == "cpu")

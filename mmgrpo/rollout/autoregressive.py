@@ -309,8 +309,9 @@ class AutoregressiveEngine:
         """Draw the next token of ``rows [r]`` and write it at ``count [r]``."""
         log_p = self._distribution(logits, written.ids, rows, count)
         probs = log_p.exp()
-        tokens = self._draw(log_p, probs, uniforms[rows, count])
-        written.ids[rows, count] = tokens
+        place = rows * self.room + count
+        tokens = self._draw(log_p, probs, uniforms.take(place))
+        written.ids.view(-1)[place] = tokens
         log_prob = log_p.gather(-1, tokens[:, None]).squeeze(-1)
         written.latest.append((log_prob, self.policy.entropy(log_p, probs)))
         return tokens

@@ -176,7 +176,7 @@ def test_rows_that_come_and_go_attend_to_their_own_tokens(monkeypatch, copied):
     def step(cache, rows):
         queries, keys, values = rand(len(rows), 4, 8), rand(len(rows), 2, 8), rand(len(rows), 2, 8)
         cache.open()
-        found = cache.attend(0, queries, torch.cat([keys, values], dim=1))
+        found = cache.attend(0, queries, torch.stack([keys, values], dim=1))
         for i, row in enumerate(rows):
             row[0] = torch.cat([row[0], keys[i, :, None]], dim=1)
             row[1] = torch.cat([row[1], values[i, :, None]], dim=1)

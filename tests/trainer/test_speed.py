@@ -27,6 +27,7 @@ SWITCHES = {
     "micro_batch_decisions": 20,
     "skip_idle": False,
     "overlap_rewards": False,
+    "keep_memory": False,
 }
 ROUNDING = 2e-4
 """What other orders of the same sums may change of a metric in two steps."""
