@@ -171,6 +171,7 @@ def measure(case: Case, names: list[str], options: Any, folder: Path) -> dict[st
             raise SystemExit(f"{case}: the gradients differ by {error:.1e}; nothing was timed.")
         for repeat in range(options.cold, options.repeats + 1):
             for name, system in systems.items():
+                system.seconds("update")  # after the pause, caches are cold, as in no training run
                 for part in ("step", "update", "generate"):
                     found = system.seconds(part)
                     print(f"{case}; {repeat}: {name}, {part}: {found:.2f} s", file=sys.stderr)

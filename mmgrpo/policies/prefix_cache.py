@@ -107,7 +107,9 @@ class PrefixCache:
         if not self._views:
             self._views = [_views(own) for own in self._own]
         self._most += 1
-        self._slot, self._length = self._length, self._length + 1
+        if not self._equal:
+            self._slot = self._length
+        self._length = self._length + 1
         self._hidden = None if self._all else self._find_hidden()
 
     def _copy_short_prompts(self) -> None:
@@ -152,23 +154,25 @@ class PrefixCache:
             slots[self._rows, :, :, self._slot] = pair
         keys, values = keys.narrow(2, 0, self._most), values.narrow(1, 0, self._most)
 
-        scores = queries.reshape(len(keys), -1, queries.shape[-1]).bmm(keys)
+        count = len(keys)
+        scores = queries.reshape(count, -1, queries.shape[-1]).bmm(keys)
         if length:
             shared = self._gather(queries, heads).bmm(prompt_keys.flatten(0, 1).mT)
             shared = self._scatter(shared, heads)
             scores = torch.cat([shared, scores.view(*shared.shape[:-1], -1)], dim=-1)
-        scores = scores.view(len(queries), -1, length + self._most).float()
+            scores = scores.view(count, -1, scores.shape[-1])
+        scores = scores.float()
         if self._hidden is not None:
-            scores = scores.masked_fill_(self._hidden, -torch.inf)
+            scores.view(len(queries), -1, scores.shape[-1]).masked_fill_(self._hidden, -torch.inf)
 
         weights = scores.softmax(dim=-1).to(values.dtype)
-        on_own = weights.narrow(2, length, self._most).unflatten(1, (heads, -1))
-        found = on_own.flatten(0, 1).bmm(values)
-        if length:
-            shared = self._gather(weights.narrow(2, 0, length), heads)
-            shared = self._scatter(shared.bmm(prompt_values.flatten(0, 1)), heads)
-            found = found.view(shared.shape) + shared
-        return found.view(len(queries), -1)
+        if not length:
+            return weights.bmm(values).view(len(queries), -1)
+        found = weights.narrow(2, length, self._most).bmm(values)
+        on_prompt = weights.narrow(2, 0, length).unflatten(0, (len(queries), heads)).flatten(1, 2)
+        shared = self._gather(on_prompt, heads).bmm(prompt_values.flatten(0, 1))
+        shared = self._scatter(shared, heads)
+        return (found.view(shared.shape) + shared).view(len(queries), -1)
 
     def _gather(self, states: Tensor, heads: int) -> Tensor:
         """Turn ``[r, H * g, X]`` into ``[P * H, n * g, X]``, the rows of a prompt side by side."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.nn.functional import linear, rms_norm, silu
 
 from mmgrpo.policies.decoding import TokenState
@@ -117,7 +118,7 @@ class PrefixState:
             self._layers = [_Layer.of(layer) for layer in self._decoder.layers]
             self._logits = _linear(self._head, hooks=1)  # one hook chooses positions: all of them
             self._norm = _norm(self._decoder.norm)
-        x = self._decoder.embed_tokens(tokens)[:, 0]
+        x = self._decoder.embed_tokens(tokens).squeeze(1)
         if not self._rotations:
             self._rotations = self._rotate_ahead(x)
         rotation = self._rotations.pop()
@@ -274,7 +275,7 @@ def _feed(norm: nn.Module, mlp: Any) -> Apply:
 
     def apply(x: Tensor) -> Tensor:
         gated, states = together(x).chunk(2, dim=-1)
-        return down(activate(gated) * states)
+        return down(activate(gated).mul_(states))
 
     return apply
 
@@ -292,9 +293,11 @@ def _joined(norm: nn.Module, modules: Sequence[nn.Module]) -> Apply | None:
         first, product = _norm(norm), _product(weight, bias)
         return lambda x: product(first(x))
     scale: Tensor = norm.weight  # type: ignore[assignment]
-    least = weight.new_tensor(norm.variance_epsilon)
-    product = _product(weight * scale, bias)
-    return lambda x: product(x * inverse_length(x, least))
+    # x / sqrt(mean(x^2) + eps), both divided by the root of the number of features
+    size: int = weight.shape[1]
+    least = weight.new_tensor(norm.variance_epsilon * size).sqrt()
+    product = _product(weight * (scale * size**0.5), bias)
+    return lambda x: product(x / vector_norm(x, dim=-1, keepdim=True).hypot_(least))
 
 
 def _norm(norm: nn.Module) -> Apply:

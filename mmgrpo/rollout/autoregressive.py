@@ -260,12 +260,15 @@ class AutoregressiveEngine:
         uniforms: Tensor,
         told: Announcer | None,
     ) -> None:
-        """Write all completions; ``rows`` are those in work, ``count`` how far each of them is."""
+        """Write all completions.
+
+        ``rows`` are those in work, ``count`` how far each of them is, ``most`` the furthest.
+        """
         device, size = prompt_row.device, self._max_rows or len(prompt_row)
         self._eos = torch.tensor(self.policy.eos_ids, dtype=torch.int64, device=device)
         rows = count = torch.zeros(0, dtype=torch.int64, device=device)
         state: Any = None
-        started, joins = 0, True
+        started, most, joins = 0, 0, True
         while True:
             free = min(size - len(rows), len(prompt_row) - started)
             if free and (state is None or (joins and 4 * len(rows) <= 3 * size)):
@@ -279,10 +282,10 @@ class AutoregressiveEngine:
                 else:  # rows of this model cannot join others: the rest waits for all of these
                     joins = False
             tokens = self._write_token(written, rows, count, state.logits, uniforms)
-            count = count + 1
+            count, most = count + 1, most + 1
             ended = self._ended(tokens, written.ids, rows, count)
-            left = ~ended & (count < self.room)
-            if not bool(left.all()):
+            if most >= self.room or bool(ended.any()):
+                left = ~ended & (count < self.room)
                 written.settle(rows, count)
                 written.ended[rows] = ended
                 if told is not None:
@@ -290,6 +293,7 @@ class AutoregressiveEngine:
                 rows, count, tokens = rows[left], count[left], tokens[left]
                 if len(rows) == 0 and started == len(prompt_row):
                     return
+                most = int(count.max()) if len(rows) else 0
                 if len(rows) == 0:
                     state = None
                     continue
