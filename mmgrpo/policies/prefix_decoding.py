@@ -289,13 +289,14 @@ def _joined(norm: nn.Module, modules: Sequence[nn.Module]) -> Apply | None:
     if sum(weight.numel() for weight in weights) > JOINED or len({b is None for b in biases}) > 1:
         return None
     weight, bias = torch.cat(weights), None if biases[0] is None else torch.cat(biases)
-    if not _is_float_on_cpu(norm.weight):
+    scale: Any = norm.weight
+    if not _is_float_on_cpu(scale):
         first, product = _norm(norm), _product(weight, bias)
         return lambda x: product(first(x))
-    scale: Tensor = norm.weight  # type: ignore[assignment]
     # x / sqrt(mean(x^2) + eps), both divided by the root of the number of features
     size: int = weight.shape[1]
-    least = weight.new_tensor(norm.variance_epsilon * size).sqrt()
+    eps: Any = norm.variance_epsilon
+    least = weight.new_tensor(eps * size).sqrt()
     product = _product(weight * (scale * size**0.5), bias)
     return lambda x: product(x / vector_norm(x, dim=-1, keepdim=True).hypot_(least))
 

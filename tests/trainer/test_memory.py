@@ -1,5 +1,6 @@
 """Freed memory stays with the process: the system has fewer pages to hand out again."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -28,8 +29,14 @@ pytestmark = pytest.mark.skipif(
 
 
 def page_faults(how):
+    """Of a process in which glibc does not adapt its limits by itself."""
+    limits = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     done = subprocess.run(
-        [sys.executable, "-c", CHURN, how], capture_output=True, text=True, check=True
+        [sys.executable, "-c", CHURN, how],
+        env={**os.environ, **limits},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return int(done.stdout)
 
