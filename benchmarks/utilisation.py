@@ -23,7 +23,9 @@ from systems import SIZES, Mmgrpo, save_model
 from versus_trl import GROUP, Case, fixed_batch
 
 from mmgrpo.policies.prefix_decoding import PrefixState
+from mmgrpo.rollout.autoregressive import AutoregressiveEngine, Written
 
+PARTS = ("forward", "backward", "decode", "draw")
 CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
@@ -78,12 +80,14 @@ def step_flops(case: Case) -> dict[str, float]:
 
 @contextmanager
 def inside(system: Mmgrpo, device: str) -> Iterator[dict[str, float]]:
-    """Add up the seconds in the network's forward and backward passes and decoding steps."""
-    spent = {"forward": 0.0, "decode": 0.0, "backward": 0.0}
+    """Add up the seconds in the network's passes and in drawing tokens from its logits."""
+    spent = dict.fromkeys(PARTS, 0.0)
     places = [
         (system.policy, "_forward", "forward"),
         (system.policy, "_read_kept", "forward"),  # the output head
         (PrefixState, "advance", "decode"),
+        (AutoregressiveEngine, "_write_token", "draw"),
+        (Written, "settle", "draw"),
         (torch.Tensor, "backward", "backward"),
     ]
     plain = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
@@ -123,8 +127,10 @@ def measure(case: Case, device: str, dtype: str, repeats: int) -> None:
     for _ in range(repeats):
         with inside(system, device) as spent:
             total = timed(system.step, device)
-        shares.append(1 - sum(spent.values()) / total)
-    print(f"step: {median(shares):.1%} of its time outside forward, backward and decoding")
+        shares.append([*(spent[part] / total for part in PARTS), 1 - sum(spent.values()) / total])
+    found = [median(values) for values in zip(*shares, strict=True)]
+    named = [f"{part} {share:.1%}" for part, share in zip(PARTS, found, strict=False)]
+    print(f"step: {', '.join(named)}, outside of these {found[-1]:.1%}")
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

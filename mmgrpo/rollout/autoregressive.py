@@ -72,6 +72,9 @@ class TokenPolicy(Protocol):
         ...
 
 
+LATEST = 2**17
+"""Log-probabilities from which on they are read; fewer wait for those of the next tokens."""
+
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": (lambda value: value >= 1, "at least 1"),
     "temperature": (lambda value: 0 <= value < math.inf, "at least 0"),
@@ -91,7 +94,7 @@ def _check_ranges(**settings: Any) -> None:
 
 
 @dataclass
-class _Written:
+class Written:
     """What has been written so far.
 
     Attributes:
@@ -100,7 +103,8 @@ class _Written:
         entropy: ``[R, T]``, likewise.
         length: ``[R]`` how many tokens a row had when it was settled.
         ended: ``[R]`` whether a row ended by itself.
-        latest: the ``[r]`` log-probabilities and entropies of the last tokens.
+        latest: of the last tokens, the ``[r, V]`` log-probabilities and probabilities of their
+            places, and the tokens ``[r]``.
     """
 
     ids: Tensor
@@ -108,10 +112,10 @@ class _Written:
     entropy: Tensor
     length: Tensor
     ended: Tensor
-    latest: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    latest: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     @classmethod
-    def blank(cls, rows: int, width: int, pad_id: int, device: torch.device) -> _Written:
+    def blank(cls, rows: int, width: int, pad_id: int, device: torch.device) -> Written:
         return cls(
             ids=torch.full((rows, width), pad_id, device=device),
             log_prob=torch.zeros(rows, width, device=device),
@@ -125,23 +129,32 @@ class _Written:
         """``[R, T]`` bool: where there is a token."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.length[:, None]
 
-    def settle(self, rows: Tensor, count: Tensor) -> None:
-        """Put in their places the latest numbers of ``rows [r]``, which have ``count [r]`` tokens.
+    def settle(
+        self, rows: Tensor, count: Tensor, entropy: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """Read the latest tokens of ``rows [r]``, which have ``count [r]`` tokens now.
 
         To be called before other rows are written.
         """
         if not self.latest:
             return
+        columns = zip(*self.latest, strict=True)
+        log_p, probs, tokens = (
+            torch.stack(parts, dim=1) if len(parts) > 1 else parts[0].unsqueeze(1)
+            for parts in columns
+        )
         place = count[:, None] - torch.arange(len(self.latest), 0, -1, device=count.device)
-        for whole, parts in zip(
-            (self.log_prob, self.entropy), zip(*self.latest, strict=True), strict=True
-        ):
-            whole[rows[:, None], place] = torch.stack(parts, dim=1)
+        self.log_prob[rows[:, None], place] = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        self.entropy[rows[:, None], place] = entropy(log_p, probs)
         self.length[rows] = count
         self.latest.clear()
 
-    def select(self, rows: Tensor) -> _Written:
-        return _Written(
+    def is_full(self) -> bool:
+        """Whether :meth:`settle` should be called for the sake of memory."""
+        return len(self.latest) * self.latest[-1][0].numel() >= LATEST
+
+    def select(self, rows: Tensor) -> Written:
+        return Written(
             ids=self.ids[rows],
             log_prob=self.log_prob[rows],
             entropy=self.entropy[rows],
@@ -238,7 +251,7 @@ class AutoregressiveEngine:
         uniforms = draw_uniforms(seed, streams, self.room).to(encoded.ids.device)
         prompt_row = torch.arange(len(prompts), device=uniforms.device)
         prompt_row = prompt_row.repeat_interleave(group_size)
-        written = _Written.blank(len(prompt_row), self.room, self.policy.pad_id, uniforms.device)
+        written = Written.blank(len(prompt_row), self.room, self.policy.pad_id, uniforms.device)
 
         def group(place: int, rows: Tensor) -> list[Sample]:
             one, alone = [prompts[place]], torch.zeros_like(rows)
@@ -254,7 +267,7 @@ class AutoregressiveEngine:
 
     def _write(
         self,
-        written: _Written,
+        written: Written,
         encoded: Any,
         prompt_row: Tensor,
         uniforms: Tensor,
@@ -274,7 +287,7 @@ class AutoregressiveEngine:
             if free and (state is None or (joins and 4 * len(rows) <= 3 * size)):
                 fresh = self._begin(encoded, prompt_row[started : started + free])
                 if state is None or state.join(fresh):
-                    written.settle(rows, count)
+                    written.settle(rows, count, self.policy.entropy)
                     state = fresh if state is None else state
                     rows = torch.cat([rows, torch.arange(started, started + free, device=device)])
                     count = torch.cat([count, count.new_zeros(free)])
@@ -283,10 +296,12 @@ class AutoregressiveEngine:
                     joins = False
             tokens = self._write_token(written, rows, count, state.logits, uniforms)
             count, most = count + 1, most + 1
+            if written.is_full():
+                written.settle(rows, count, self.policy.entropy)
             ended = self._ended(tokens, written.ids, rows, count)
             if most >= self.room or bool(ended.any()):
                 left = ~ended & (count < self.room)
-                written.settle(rows, count)
+                written.settle(rows, count, self.policy.entropy)
                 written.ended[rows] = ended
                 if told is not None:
                     told.finished(rows[~left])
@@ -308,16 +323,15 @@ class AutoregressiveEngine:
         return state
 
     def _write_token(
-        self, written: _Written, rows: Tensor, count: Tensor, logits: Tensor, uniforms: Tensor
+        self, written: Written, rows: Tensor, count: Tensor, logits: Tensor, uniforms: Tensor
     ) -> Tensor:
         """Draw the next token of ``rows [r]`` and write it at ``count [r]``."""
         log_p = self._distribution(logits, written.ids, rows, count)
-        probs = log_p.exp()
         place = rows * self.room + count
+        probs = log_p.softmax(dim=-1)  # faster than the exponential, on a CPU
         tokens = self._draw(log_p, probs, uniforms.take(place))
-        written.ids.view(-1)[place] = tokens
-        log_prob = log_p.gather(-1, tokens[:, None]).squeeze(-1)
-        written.latest.append((log_prob, self.policy.entropy(log_p, probs)))
+        written.ids.view(-1).index_copy_(0, place, tokens)
+        written.latest.append((log_p, probs, tokens))
         return tokens
 
     def _distribution(self, logits: Tensor, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:
@@ -347,7 +361,7 @@ class AutoregressiveEngine:
 
     def _assemble(
         self,
-        written: _Written,
+        written: Written,
         encoded: Any,
         prompt_row: Tensor,
         prompts: Sequence[Prompt],

@@ -89,10 +89,10 @@ def sample_inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
         weight are candidates, and the last of them exceeds every target.
     """
     size = probs.shape[-1]
-    uniforms = uniforms.double().clamp(max=BELOW_ONE)[:, None]
+    uniforms = uniforms.double().clamp(max=BELOW_ONE).unsqueeze(1)
     if size <= 2 * BLOCK:
         cdf = _running_sum(probs)
-        return _first_above(cdf, uniforms * cdf[:, -1:]).squeeze(-1)
+        return _first_above(cdf, uniforms * cdf.narrow(1, size - 1, 1)).squeeze(1)
     whole = size // BLOCK * BLOCK
     sums = probs[:, :whole].unflatten(-1, (-1, BLOCK)).sum(dim=-1)
     sums = torch.cat([sums, probs[:, whole:].sum(dim=-1, keepdim=True)], dim=-1)
