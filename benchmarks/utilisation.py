@@ -23,7 +23,8 @@ from systems import SIZES, Mmgrpo, save_model
 from versus_trl import GROUP, Case, fixed_batch
 
 from mmgrpo.policies.prefix_decoding import PrefixState
-from mmgrpo.rollout.autoregressive import AutoregressiveEngine, Written
+from mmgrpo.rollout.autoregressive import AutoregressiveEngine
+from mmgrpo.rollout.written import Written
 
 PARTS = ("forward", "backward", "decode", "draw")
 CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
