@@ -29,7 +29,10 @@ SIZES = {
               "num_attention_heads": 4, "num_key_value_heads": 2},
     "100M": {"hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 12,
              "num_attention_heads": 12, "num_key_value_heads": 4},
+    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+             "num_attention_heads": 12, "num_key_value_heads": 2},
 }  # fmt: skip
+"""The last is Qwen2.5-1.5B's, with an output head of its own."""
 
 
 class System(Protocol):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -80,20 +80,17 @@ def step_flops(case: Case) -> dict[str, float]:
 
 
 @contextmanager
-def inside(system: Mmgrpo, device: str) -> Iterator[dict[str, float]]:
-    """Add up the seconds in the network's passes and in drawing tokens from its logits."""
-    spent = dict.fromkeys(PARTS, 0.0)
-    places = [
-        (system.policy, "_forward", "forward"),
-        (system.policy, "_read_kept", "forward"),  # the output head
-        (PrefixState, "advance", "decode"),
-        (AutoregressiveEngine, "_write_token", "draw"),
-        (Written, "settle", "draw"),
-        (torch.Tensor, "backward", "backward"),
-    ]
+def watched(places: Sequence[tuple[Any, str, str]], device: str) -> Iterator[dict[str, float]]:
+    """Add up the seconds in some functions.
+
+    Args:
+        places: who has the function, under which name, and the part that its seconds belong to.
+        device: where it computes.
+    """
+    spent = dict.fromkeys((part for *_, part in places), 0.0)
     plain = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
 
-    def watched(call: Callable[..., Any], part: str) -> Callable[..., Any]:
+    def timing(call: Callable[..., Any], part: str) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             found: list[Any] = []
             spent[part] += timed(lambda: found.append(call(*args, **kwargs)), device)
@@ -102,12 +99,24 @@ def inside(system: Mmgrpo, device: str) -> Iterator[dict[str, float]]:
         return wrapper
 
     for (owner, name, part), (_, _, call) in zip(places, plain, strict=True):
-        setattr(owner, name, watched(call, part))
+        setattr(owner, name, timing(call, part))
     try:
         yield spent
     finally:
         for owner, name, call in plain:
             setattr(owner, name, call)
+
+
+def inside(system: Mmgrpo) -> list[tuple[Any, str, str]]:
+    """The network's passes and the drawing of tokens from its logits."""
+    return [
+        (system.policy, "_forward", "forward"),
+        (system.policy, "_read_kept", "forward"),  # the output head
+        (PrefixState, "advance", "decode"),
+        (AutoregressiveEngine, "_write_token", "draw"),
+        (Written, "settle", "draw"),
+        (torch.Tensor, "backward", "backward"),
+    ]
 
 
 def measure(case: Case, device: str, dtype: str, repeats: int) -> None:
@@ -126,7 +135,7 @@ def measure(case: Case, device: str, dtype: str, repeats: int) -> None:
         )
     shares = []
     for _ in range(repeats):
-        with inside(system, device) as spent:
+        with watched(inside(system), device) as spent:
             total = timed(system.step, device)
         shares.append([*(spent[part] / total for part in PARTS), 1 - sum(spent.values()) / total])
     found = [median(values) for values in zip(*shares, strict=True)]

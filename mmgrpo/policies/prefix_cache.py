@@ -33,8 +33,8 @@ class PrefixCache:
             mask: ``[P, Lp]`` bool, off on padding.
         """
         self._prompts, self._mask = prompts, mask
-        self._own = [torch.stack(pair)[:, :, :, :0] for pair in prompts]  # [2, r, H, C, D]
-        self._views: list[tuple[Tensor, Tensor, Tensor]] = []
+        # keys and values of each layer, [layers, 2, r, H, C, D]: all are moved and seen at once
+        self._own = torch.stack([torch.stack(pair)[:, :, :, :0] for pair in prompts])
         self._length = torch.zeros(len(mask), dtype=torch.int64, device=mask.device)
         self._start = torch.zeros_like(self._length)
         self._most, self._equal = 0, True
@@ -48,7 +48,7 @@ class PrefixCache:
             start = _common_padding(mask)
             self._mask = mask[:, start:]
             self._prompts = [(k[kept, :, start:], v[kept, :, start:]) for k, v in self._prompts]
-        self._own = [own[:, rows] for own in self._own]
+        self._own = self._own[:, :, rows]
         self._length, self._start = self._length[rows], self._start[rows]
         self._measure()
         self._arrange(owner)
@@ -65,8 +65,7 @@ class PrefixCache:
             (_below(k, its_k, width, left=True), _below(v, its_v, width, left=True))
             for (k, v), (its_k, its_v) in pairs
         ]
-        owns = zip(self._own, other._own, strict=True)
-        self._own = [_below(mine, its, room, left=False) for mine, its in owns]
+        self._own = _below(self._own, other._own, room, left=False)
         masks = (self._mask, other._mask)
         self._mask = torch.cat([pad(mask, (width - mask.shape[1], 0)) for mask in masks])
         self._length = torch.cat([self._length, other._length])
@@ -92,7 +91,6 @@ class PrefixCache:
         self._place = None if torch.equal(place, everywhere) else place
         self._rows = torch.arange(len(owner), device=owner.device)
         self._all = self._equal and bool(self._mask.all()) and not bool(self._start.any())
-        self._views = []
 
     def open(self) -> None:
         """Make room for one token more of each row; :meth:`attend` then writes it, layer by layer.
@@ -100,17 +98,15 @@ class PrefixCache:
         Rows of different lengths have their tokens aligned on the left.
         """
         self._copy_short_prompts()
-        if self._most == self._own[0].shape[3]:
-            room = max(MIN_ROOM, self._most // 4)
-            self._own = [pad(own, (0, 0, 0, room)) for own in self._own]
-            self._views = []
-        if not self._views:
-            self._views = [_views(own) for own in self._own]
+        if self._most == self._own.shape[4]:
+            self._own = pad(self._own, (0, 0, 0, max(MIN_ROOM, self._most // 4)))
+        self._slot, self._length = self._length, self._length + 1
         self._most += 1
-        if not self._equal:
-            self._slot = self._length
-        self._length = self._length + 1
         self._hidden = None if self._all else self._find_hidden()
+        keys, values = self._own.narrow(4, 0, self._most).flatten(2, 3).unbind(1)
+        self._keys, self._values = keys.mT.unbind(), values.unbind()  # [r * H, D, C], [r * H, C, D]
+        pairs = self._own.transpose(1, 2)
+        self._pairs = (pairs.select(4, self._most - 1) if self._equal else pairs).unbind()
 
     def _copy_short_prompts(self) -> None:
         """Make prompts the first of the rows' own tokens, if they are short and nothing follows."""
@@ -118,9 +114,8 @@ class PrefixCache:
         if self._most or 2 * len(self._owner) * keys[0].numel() > COPIED:
             return
         room = (0, 0, 0, MIN_ROOM)
-        self._own = [
-            torch.stack([pad(x, room)[self._owner] for x in pair]) for pair in self._prompts
-        ]
+        own = [torch.stack([pad(x, room)[self._owner] for x in pair]) for pair in self._prompts]
+        self._own = torch.stack(own)
         self._start = (~self._mask).sum(dim=1)[self._owner]
         self._length = torch.full_like(self._start, keys.shape[2])
         self._prompts = [(k[:, :, :0], v[:, :, :0]) for k, v in self._prompts]
@@ -145,14 +140,13 @@ class PrefixCache:
         Returns:
             ``[r, H * g * D]``.
         """
-        slots, keys, values = self._views[layer]
+        keys, values = self._keys[layer], self._values[layer]
         prompt_keys, prompt_values = self._prompts[layer]
         heads, length = prompt_keys.shape[1:3]
         if self._equal:
-            slots.select(3, self._most - 1).copy_(pair)
+            self._pairs[layer].copy_(pair)
         else:
-            slots[self._rows, :, :, self._slot] = pair
-        keys, values = keys.narrow(2, 0, self._most), values.narrow(1, 0, self._most)
+            self._pairs[layer][self._rows, :, :, self._slot] = pair
 
         count = len(keys)
         scores = queries.reshape(count, -1, queries.shape[-1]).bmm(keys)
@@ -188,12 +182,6 @@ class PrefixCache:
         states = states.view(len(self._mask), heads, self._width, -1, states.shape[-1])
         states = states.transpose(1, 2)
         return states if self._place is None else states.flatten(0, 1)[self._place]
-
-
-def _views(own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of ``[2, r, H, C, D]``: both ``[r, 2, H, C, D]``, keys ``[r * H, D, C]``, values."""
-    keys, values = own.flatten(1, 2).unbind()
-    return own.transpose(0, 1), keys.mT, values
 
 
 def _below(mine: Tensor, its: Tensor, length: int, *, left: bool) -> Tensor:
