@@ -24,7 +24,6 @@ from versus_trl import GROUP, Case, fixed_batch
 
 from mmgrpo.policies.prefix_decoding import PrefixState
 from mmgrpo.rollout.autoregressive import AutoregressiveEngine
-from mmgrpo.rollout.written import Written
 
 PARTS = ("forward", "backward", "decode", "draw")
 CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -114,7 +113,6 @@ def inside(system: Mmgrpo) -> list[tuple[Any, str, str]]:
         (system.policy, "_read_kept", "forward"),  # the output head
         (PrefixState, "advance", "decode"),
         (AutoregressiveEngine, "_write_token", "draw"),
-        (Written, "settle", "draw"),
         (torch.Tensor, "backward", "backward"),
     ]
 

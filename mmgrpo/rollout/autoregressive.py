@@ -214,7 +214,6 @@ class AutoregressiveEngine:
             if free and (state is None or (joins and 4 * len(rows) <= 3 * size)):
                 fresh = self._begin(encoded, prompt_row[started : started + free])
                 if state is None or state.join(fresh):
-                    written.settle(rows, count, self.policy.entropy)
                     state = fresh if state is None else state
                     rows = torch.cat([rows, torch.arange(started, started + free, device=device)])
                     count = torch.cat([count, count.new_zeros(free)])
@@ -223,13 +222,10 @@ class AutoregressiveEngine:
                     joins = False
             tokens = self._write_token(written, rows, count, state.logits, uniforms)
             count, most = count + 1, most + 1
-            if written.is_full():
-                written.settle(rows, count, self.policy.entropy)
             ended = self._ended(tokens, written.ids, rows, count)
             if most >= self.room or bool(ended.any()):
                 left = ~ended & (count < self.room)
-                written.settle(rows, count, self.policy.entropy)
-                written.ended[rows] = ended
+                written.finish(rows, count, ended)
                 if told is not None:
                     told.finished(rows[~left])
                 rows, count, tokens = rows[left], count[left], tokens[left]
@@ -257,8 +253,8 @@ class AutoregressiveEngine:
         place = rows * self.room + count
         probs = log_p.softmax(dim=-1)  # faster than the exponential, on a CPU
         tokens = self._draw(log_p, probs, uniforms.take(place))
-        written.ids.view(-1).index_copy_(0, place, tokens)
-        written.latest.append((log_p, probs, tokens))
+        log_prob = log_p.gather(-1, tokens[:, None]).squeeze(-1)
+        written.put(place, tokens, log_prob, self.policy.entropy(log_p, probs))
         return tokens
 
     def _distribution(self, logits: Tensor, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:

@@ -1,18 +1,14 @@
 """The tokens that an engine has written so far, and what it read of them.
 
-Shapes: R rows of T tokens at most, of which r are being written; V tokens of the vocabulary.
+Shapes: R rows of T tokens at most, of which r are being written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-LATEST = 2**17
-"""Log-probabilities from which on they are read; fewer wait for those of the next tokens."""
 
 
 @dataclass
@@ -21,12 +17,10 @@ class Written:
 
     Attributes:
         ids: ``[R, T]``.
-        log_prob: ``[R, T]``, without what :meth:`settle` has yet to put there.
-        entropy: ``[R, T]``, likewise.
-        length: ``[R]`` how many tokens a row had when it was settled.
+        log_prob: ``[R, T]``.
+        entropy: ``[R, T]``.
+        length: ``[R]`` tokens of the rows that are finished.
         ended: ``[R]`` whether a row ended by itself.
-        latest: of the last tokens, the ``[r, V]`` log-probabilities and probabilities of their
-            places, and the tokens ``[r]``.
     """
 
     ids: Tensor
@@ -34,7 +28,6 @@ class Written:
     entropy: Tensor
     length: Tensor
     ended: Tensor
-    latest: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     @classmethod
     def blank(cls, rows: int, width: int, pad_id: int, device: torch.device) -> Written:
@@ -52,29 +45,23 @@ class Written:
         """``[R, T]`` bool: where there is a token."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.length[:, None]
 
-    def settle(
-        self, rows: Tensor, count: Tensor, entropy: Callable[[Tensor, Tensor], Tensor]
-    ) -> None:
-        """Read the latest tokens of ``rows [r]``, which have ``count [r]`` tokens now.
+    def put(self, place: Tensor, tokens: Tensor, log_prob: Tensor, entropy: Tensor) -> None:
+        """Write ``[r]`` tokens and what was read of them.
 
-        To be called before other rows are written.
+        Args:
+            place: ``[r]`` where, counted through all rows.
+            tokens: ``[r]``.
+            log_prob: ``[r]``.
+            entropy: ``[r]``.
         """
-        if not self.latest:
-            return
-        columns = zip(*self.latest, strict=True)
-        log_p, probs, tokens = (
-            torch.stack(parts, dim=1) if len(parts) > 1 else parts[0].unsqueeze(1)
-            for parts in columns
-        )
-        place = count[:, None] - torch.arange(len(self.latest), 0, -1, device=count.device)
-        self.log_prob[rows[:, None], place] = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        self.entropy[rows[:, None], place] = entropy(log_p, probs)
-        self.length[rows] = count
-        self.latest.clear()
+        columns = ((self.ids, tokens), (self.log_prob, log_prob), (self.entropy, entropy))
+        for whole, part in columns:
+            whole.view(-1).index_copy_(0, place, part)
 
-    def is_full(self) -> bool:
-        """Whether :meth:`settle` should be called for the sake of memory."""
-        return len(self.latest) * self.latest[-1][0].numel() >= LATEST
+    def finish(self, rows: Tensor, count: Tensor, ended: Tensor) -> None:
+        """Note how many tokens some ``rows [r]`` have, and whether they ended by themselves."""
+        self.length[rows] = count
+        self.ended[rows] = ended
 
     def select(self, rows: Tensor) -> Written:
         """What was read of some rows."""
