@@ -116,7 +116,7 @@ class Measured(NamedTuple):
 
 def measure_parts(trainer: Trainer, state: State, device: str, repeats: int) -> dict[str, Measured]:
     """Median seconds of the sampling and of the update, which ends with the optimiser's step."""
-    places = [(step, "sample", "rollout"), (step, "score", "update")]
+    places = [(step, "sample", "rollout"), (step, "update", "update")]
     found: dict[str, list[float]] = {part: [] for *_, part in places}
     for _ in range(repeats):
         with counted(trainer.parts, time.perf_counter) as account, watched(places, device) as spent:

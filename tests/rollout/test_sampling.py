@@ -160,6 +160,19 @@ def test_float32_blocks_draw_each_token_by_its_share():
     assert (counts - 20000 * probs.double()).abs().max() <= 1.01
 
 
+def test_the_end_of_a_block_never_gives_a_token_of_weight_zero():
+    """A block's float32 sum may be larger than the float64 sum of its weights, by rounding."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.zeros(64, 1024)
+    weights[:, :100] = torch.rand(64, 100, generator=generator)
+    weights[:, 300] = 1.0
+    ends = weights[:, :256].sum(dim=-1).double()
+    assert (ends > weights[:, :256].double().sum(dim=-1)).any()
+    uniforms = ends / (ends + 1.0) * (1 - 1e-13)
+    found = sample_inverse_cdf(weights, uniforms)
+    assert (weights.gather(1, found[:, None]) > 0).all()
+
+
 def test_evenly_spaced_uniforms_draw_each_token_by_its_share():
     probs = torch.tensor([0.1, 0.0, 0.35, 0.05, 0.5], dtype=torch.float64)
     count = 2000
