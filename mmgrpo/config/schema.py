@@ -179,6 +179,8 @@ class Speed(Section):
     """Call rewards on groups that are finished while others are still drawn or decoded; async: only
     async functions, which wait for something else, not for the cores that the engine computes on.
     """
+    fast_layers: bool = True
+    """Compute the float32 layers of a model on a CPU in fewer and faster steps."""
     keep_memory: bool = True
     """Keep up to 512 MiB of freed memory for the next step; only where the C library is glibc."""
 

@@ -87,14 +87,7 @@ class TextRollout(TokenRollout):
     """native or vllm, or a mapping with name."""
 
 
-class LayerSpeed(Speed):
-    """What makes a step with a language model cheaper."""
-
-    fast_layers: bool = True
-    """Compute the float32 layers of a model on a CPU in fewer and faster steps."""
-
-
-class TokenSpeed(LayerSpeed):
+class TokenSpeed(Speed):
     """What makes a step with a causal language model cheaper."""
 
     share_prompts: bool = True
@@ -211,7 +204,6 @@ class MaskedTextConfig(Config):
     model: TextModel
     data: TextData
     rollout: MaskedTextRollout = MaskedTextRollout()
-    speed: LayerSpeed = LayerSpeed()
     eval: MaskedTextEval = MaskedTextEval()
 
 

@@ -32,6 +32,7 @@ def flow_policy(own: Sequence[str], config: FlowConfig, folder: str, reference: 
         gradient_checkpointing=config.model.gradient_checkpointing is True,
         guidance_scale=config.rollout.guidance_scale,
         max_prompt_tokens=config.model.max_prompt_tokens,
+        fast_layers=config.speed.fast_layers,
         seed=config.seed,
         **{name: getattr(config.rollout, name) for name in own},
     )

@@ -20,6 +20,7 @@ def image_scales_policy(config: ImageScalesConfig, folder: str, reference: str) 
         reference=reference,
         dtype=config.model.dtype,
         gradient_checkpointing=config.model.gradient_checkpointing is True,
+        fast_layers=config.speed.fast_layers,
         seed=config.seed,
     )
     return policy

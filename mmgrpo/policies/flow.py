@@ -14,6 +14,7 @@ from mmgrpo.core.diffusion import MatchingRule, StepRule
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import DataError
 from mmgrpo.policies.adapters import add_lora, make_reference
+from mmgrpo.policies.fast_layers import use_fast_layers
 from mmgrpo.policies.flow_export import load_weights, save_weights
 from mmgrpo.policies.flow_families import family_of
 from mmgrpo.policies.flow_loading import load_pipeline, prepare_pipeline
@@ -61,6 +62,7 @@ class FlowPolicy:
         negative_prompt: str = "",
         max_prompt_tokens: int | None = None,
         max_decisions: int | None = None,
+        fast_layers: bool = True,
         seed: int = 0,
     ) -> None:
         """Load the pipeline and choose what trains.
@@ -78,6 +80,7 @@ class FlowPolicy:
             negative_prompt: what classifier-free guidance leads away from.
             max_prompt_tokens: length of the T5 part of a prompt; None takes the model's own.
             max_decisions: evaluate at most this many denoising steps in one network call.
+            fast_layers: compute float32 layers on a CPU in fewer and faster steps.
             seed: seed of the adapter's initial weights.
 
         Raises:
@@ -106,6 +109,8 @@ class FlowPolicy:
             network = add_lora(
                 network, **{"targets": targets, "init": "gaussian", "seed": seed, **_set(lora)}
             )
+        if fast_layers:
+            use_fast_layers(network)
         self.network: torch.nn.Module = network
         self._saved = network  # a trainer may wrap self.network
         self._prompts = PromptCache(self.family, max_length=max_prompt_tokens)

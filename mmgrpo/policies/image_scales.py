@@ -14,6 +14,7 @@ from torch import Tensor
 from mmgrpo.core.trajectories import Trajectories
 from mmgrpo.errors import DataError, nearest
 from mmgrpo.policies.adapters import add_lora, has_adapter, make_reference
+from mmgrpo.policies.fast_layers import use_fast_layers
 from mmgrpo.policies.loading import parse_dtype
 from mmgrpo.policies.saved_weights import load_saved
 from mmgrpo.policies.scale_model import ScaleModel
@@ -54,6 +55,7 @@ class ImageScalesPolicy:
         reference_decay: float = 0.99,
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
+        fast_layers: bool = True,
         seed: int = 0,
     ) -> None:
         """Load the model and choose what trains.
@@ -66,6 +68,7 @@ class ImageScalesPolicy:
             reference_decay: decay per update of an ``ema`` reference.
             dtype: dtype of the transformer's weights.
             gradient_checkpointing: compute activations again in the backward pass.
+            fast_layers: compute float32 layers on a CPU in fewer and faster steps.
             seed: seed of the adapter's initial weights.
 
         Raises:
@@ -81,6 +84,8 @@ class ImageScalesPolicy:
         network: torch.nn.Module = transformer
         if lora is not None:
             network = add_lora(network, **{"seed": seed, **lora})
+        if fast_layers:
+            use_fast_layers(network)
         self.network = network
         self._saved: Any = network  # a trainer may wrap self.network
         self.forwards = 0
