@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.linalg import vector_norm
 from torch.nn.functional import silu
 
-from mmgrpo.policies.products import product
+from mmgrpo.policies.products import is_float_on_cpu, product
 
 TOLERANCE = 1e-5
 """Distance from a layer's own results and gradients, relative to their norm."""
@@ -60,7 +60,7 @@ def _agrees(module: Any, forward: Forward) -> bool:
     """Whether both forward passes have the same results and gradients."""
     weights = dict(module.named_parameters())
     if len(signature(type(module).forward).parameters) != 2 or not all(
-        _is_float_on_cpu(weight) and weight.dim() for weight in weights.values()
+        is_float_on_cpu(weight) and weight.dim() for weight in weights.values()
     ):
         return False
     generator = torch.Generator().manual_seed(0)
@@ -94,13 +94,13 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
-    if not (_is_float_on_cpu(x) and _is_float_on_cpu(norm.weight)):
+    if not (is_float_on_cpu(x) and is_float_on_cpu(norm.weight)):
         return type(norm).forward(norm, x)
     return _Norm.apply(x, norm.weight, norm.variance_epsilon)
 
 
 def _gated(network: Any, x: Tensor) -> Tensor:
-    if not _is_float_on_cpu(x):
+    if not is_float_on_cpu(x):
         return type(network).forward(network, x)
     gated = _Gate.apply(network.gate_proj(x), network.up_proj(x))
     return network.down_proj(gated)
@@ -108,10 +108,6 @@ def _gated(network: Any, x: Tensor) -> Tensor:
 
 def _is_silu(activation: Any) -> bool:
     return type(activation).__name__ in ("SiLUActivation", "SiLU")
-
-
-def _is_float_on_cpu(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 class _Norm(torch.autograd.Function):

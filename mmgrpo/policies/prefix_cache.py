@@ -1,8 +1,8 @@
 """Keys and values of a group's prompt once, and of each row's own tokens behind it.
 
 The scores of a prompt's tokens are computed for all rows of its group together, those of a row's
-own tokens by themselves; one softmax is over both. A short prompt costs less as a copy for each row
-than in products of its own, and becomes the first of a row's own tokens.
+own tokens by themselves (arXiv:2402.05099); one softmax is over both. A short prompt costs less as
+a copy for each row than in products of its own, and becomes the first of a row's own tokens.
 
 Shapes: r rows, of P prompts with up to n rows each; Lp prompt tokens, up to C own ones; H heads of
 keys, g queries for each of them, D features.
@@ -90,7 +90,8 @@ class PrefixCache:
         everywhere = torch.arange(len(counts) * self._width, device=owner.device)
         self._place = None if torch.equal(place, everywhere) else place
         self._rows = torch.arange(len(owner), device=owner.device)
-        self._all = self._equal and bool(self._mask.all()) and not bool(self._start.any())
+        whole = bool(self._mask.all()) and not bool(self._start.any())
+        self._hides = not (self._equal and whole)
 
     def open(self) -> None:
         """Make room for one token more of each row; :meth:`attend` then writes it, layer by layer.
@@ -102,7 +103,7 @@ class PrefixCache:
             self._own = pad(self._own, (0, 0, 0, max(MIN_ROOM, self._most // 4)))
         self._slot, self._length = self._length, self._length + 1
         self._most += 1
-        self._hidden = None if self._all else self._find_hidden()
+        self._hidden = self._find_hidden() if self._hides else None
         keys, values = self._own.narrow(4, 0, self._most).flatten(2, 3).unbind(1)
         self._keys, self._values = keys.mT.unbind(), values.unbind()  # [r * H, D, C], [r * H, C, D]
         pairs = self._own.transpose(1, 2)

@@ -22,7 +22,7 @@ from torch.nn.functional import linear, rms_norm, silu
 from mmgrpo.policies.decoding import TokenState
 from mmgrpo.policies.fast_layers import inverse_length
 from mmgrpo.policies.prefix_cache import PrefixCache
-from mmgrpo.policies.products import is_plain, multiply, packed
+from mmgrpo.policies.products import is_float_on_cpu, is_plain, multiply, packed
 
 LAYERS = (
     "LlamaDecoderLayer",
@@ -224,7 +224,7 @@ def _linear(module: nn.Module, hooks: int = 0) -> Apply:
 
 def _product(weight: Tensor, bias: Tensor | None) -> Apply:
     """Return the product with a weight, of which a CPU keeps a copy in oneDNN's order if large."""
-    if weight.numel() < PACKED or not _is_float_on_cpu(weight):
+    if weight.numel() < PACKED or not is_float_on_cpu(weight):
         return partial(linear, weight=weight, bias=bias)
     if not torch.backends.mkldnn.is_available():
         return partial(linear, weight=weight, bias=bias)
@@ -261,23 +261,29 @@ def _states(norm: nn.Module, attn: Any) -> Apply:
 
 
 def _feed(norm: nn.Module, mlp: Any) -> Apply:
-    """Return a norm with a gated network, whose first products are one where they are small."""
+    """Return a norm with the gated network behind it."""
     activate = silu if type(mlp.act_fn).__name__ == "SiLUActivation" else mlp.act_fn
-    down, together = _linear(mlp.down_proj), _joined(norm, (mlp.gate_proj, mlp.up_proj))
-    if together is None:
-        first, gate, up = _norm(norm), _linear(mlp.gate_proj), _linear(mlp.up_proj)
-
-        def apart(x: Tensor) -> Tensor:
-            h = first(x)
-            return down(activate(gate(h)) * up(h))
-
-        return apart
+    gates, down = _gates(norm, mlp), _linear(mlp.down_proj)
 
     def apply(x: Tensor) -> Tensor:
-        gated, states = together(x).chunk(2, dim=-1)
+        gated, states = gates(x)
         return down(activate(gated).mul_(states))
 
     return apply
+
+
+def _gates(norm: nn.Module, mlp: Any) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Return a norm with both products of a gated network, which are one where they are small."""
+    together = _joined(norm, (mlp.gate_proj, mlp.up_proj))
+    if together is not None:
+        return lambda x: together(x).chunk(2, dim=-1)
+    first, gate, up = _norm(norm), _linear(mlp.gate_proj), _linear(mlp.up_proj)
+
+    def apart(x: Tensor) -> Sequence[Tensor]:
+        h = first(x)
+        return gate(h), up(h)
+
+    return apart
 
 
 def _joined(norm: nn.Module, modules: Sequence[nn.Module]) -> Apply | None:
@@ -290,7 +296,7 @@ def _joined(norm: nn.Module, modules: Sequence[nn.Module]) -> Apply | None:
         return None
     weight, bias = torch.cat(weights), None if biases[0] is None else torch.cat(biases)
     scale: Any = norm.weight
-    if not _is_float_on_cpu(scale):
+    if not is_float_on_cpu(scale):
         first, product = _norm(norm), _product(weight, bias)
         return lambda x: product(first(x))
     # x / sqrt(mean(x^2) + eps), both divided by the root of the number of features
@@ -307,11 +313,7 @@ def _norm(norm: nn.Module) -> Apply:
     if weight.dtype != torch.float32:
         return norm
     eps: float = norm.variance_epsilon  # type: ignore[assignment]
-    if not _is_float_on_cpu(weight):  # where it is one kernel
+    if not is_float_on_cpu(weight):  # where it is one kernel
         return partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
     least = weight.new_tensor(eps)
     return lambda x: (x * inverse_length(x, least)).mul_(weight)
-
-
-def _is_float_on_cpu(weight: Any) -> bool:
-    return bool(weight.dtype == torch.float32 and weight.device.type == "cpu")

@@ -91,10 +91,15 @@ def is_whole(weight: Tensor) -> bool:
     return not hasattr(weight, "full_tensor") and weight.numel() > 0
 
 
+def is_float_on_cpu(x: Tensor) -> bool:
+    """Whether a tensor is what oneDNN's float32 products take."""
+    return x.dtype == torch.float32 and x.device.type == "cpu"
+
+
 def _fits(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.dtype == weight.dtype == torch.float32
-        and x.device.type == "cpu"
+        is_float_on_cpu(x)
+        and weight.dtype == torch.float32
         and x.numel() * weight.shape[0] >= WORTH
         and not torch.is_autocast_enabled("cpu")
     )

@@ -205,7 +205,7 @@ class AutoregressiveEngine:
         ``rows`` are those in work, ``count`` how far each of them is, ``most`` the furthest.
         """
         device, size = prompt_row.device, self._max_rows or len(prompt_row)
-        self._eos = torch.tensor(self.policy.eos_ids, dtype=torch.int64, device=device)
+        eos = torch.tensor(self.policy.eos_ids, dtype=torch.int64, device=device)
         rows = count = torch.zeros(0, dtype=torch.int64, device=device)
         state: Any = None
         started, most, joins = 0, 0, True
@@ -222,7 +222,7 @@ class AutoregressiveEngine:
                     joins = False
             tokens = self._write_token(written, rows, count, state.logits, uniforms)
             count, most = count + 1, most + 1
-            ended = self._ended(tokens, written.ids, rows, count)
+            ended = torch.isin(tokens, eos) | self._has_stop(written.ids, rows, count)
             if most >= self.room or bool(ended.any()):
                 left = ~ended & (count < self.room)
                 written.finish(rows, count, ended)
@@ -268,13 +268,10 @@ class AutoregressiveEngine:
         kept = filter_logits(log_p, **self._filters)
         return sample_inverse_cdf(probs if kept is log_p else kept.exp(), uniforms)
 
-    def _ended(self, tokens: Tensor, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:
-        """Return ``[r]``: the last ``tokens [r]`` of ``rows [r]`` in ``ids [R, T]`` end them."""
-        ended = torch.isin(tokens, self._eos)
-        return ended | self._has_stop(ids, rows, count) if self._stop else ended
-
     def _has_stop(self, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:
         """Return ``[r]``: the first ``count`` of ``rows [r]`` in ``ids [R, T]`` end in a stop."""
+        if not self._stop:
+            return torch.zeros_like(rows, dtype=torch.bool)
         # A token is at least one byte of text; a few more cover tokens that decode to nothing.
         window = max(len(text.encode()) for text in self._stop) + 8
         pairs = zip(ids[rows].tolist(), count.tolist(), strict=True)

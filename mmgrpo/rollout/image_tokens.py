@@ -163,9 +163,9 @@ class ImageTokenEngine(AutoregressiveEngine):
         kinds = self.policy.kinds(ids[rows], count[:, None]).squeeze(1)
         return self.policy.kind_distribution(logits, self._temperature or 1.0, kinds)
 
-    def _ended(self, tokens: Tensor, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:
-        complete = self.policy.kinds(ids[rows], count[:, None]).squeeze(1) == DONE
-        return complete | super()._ended(tokens, ids, rows, count)
+    def _has_stop(self, ids: Tensor, rows: Tensor, count: Tensor) -> Tensor:
+        """Return ``[r]``: the picture is complete."""
+        return self.policy.kinds(ids[rows], count[:, None]).squeeze(1) == DONE
 
     def _assemble(self, *arguments: Any) -> Trajectories:
         trajectories = super()._assemble(*arguments)
