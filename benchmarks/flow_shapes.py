@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -30,6 +29,7 @@ from transformers import (
 )
 
 from mmgrpo.playground.image_model import build_clip_tokenizer, build_t5_tokenizer
+from mmgrpo.playground.tiny_vae import plain_autoencoder
 from mmgrpo.policies.flow import FlowPolicy
 from mmgrpo.policies.loading import parse_dtype
 
@@ -141,46 +141,46 @@ def _clip(kind: Any, tokenizer: Any, width: int, projection: int) -> Any:
     return kind(config)
 
 
-def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=LATENT_CHANNELS,
-        layers_per_block=1, norm_num_groups=1, mid_block_add_attention=False,
-    )  # fmt: skip
+def _vae() -> Any:
+    return plain_autoencoder((4,) * 4, latent_channels=LATENT_CHANNELS)
 
+
+SD3 = {
+    "patch_size": 2, "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS,
+    "qk_norm": "rms_norm",
+}  # fmt: skip
+FLUX = {"in_channels": 4 * LATENT_CHANNELS, "guidance_embeds": True}
+"""What networks of a family have in common."""
 
 SHAPES: Mapping[str, Shape] = {
     "tiny-sd3": Shape(
         _sd3, SD3Transformer2DModel,
-        {"sample_size": 64, "patch_size": 2, "in_channels": LATENT_CHANNELS,
-         "out_channels": LATENT_CHANNELS, "num_layers": 2, "num_attention_heads": 2,
+        {**SD3, "sample_size": 64, "num_layers": 2, "num_attention_heads": 2,
          "attention_head_dim": 16, "caption_projection_dim": 32, "joint_attention_dim": 96,
-         "pooled_projection_dim": 32, "pos_embed_max_size": 64, "qk_norm": "rms_norm",
-         "dual_attention_layers": (0,)},
+         "pooled_projection_dim": 32, "pos_embed_max_size": 64, "dual_attention_layers": (0,)},
         t5_tokens=8,
     ),
     "tiny-flux": Shape(
         _flux, FluxTransformer2DModel,
-        {"in_channels": 4 * LATENT_CHANNELS, "num_layers": 1, "num_single_layers": 2,
+        {**FLUX, "num_layers": 1, "num_single_layers": 2,
          "num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32,
-         "pooled_projection_dim": 32, "guidance_embeds": True, "axes_dims_rope": (4, 6, 6)},
+         "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)},
         t5_tokens=8,
         lora=4,
         checkpointing=True,
     ),
     "sd3.5-medium": Shape(
         _sd3, SD3Transformer2DModel,
-        {"sample_size": 128, "patch_size": 2, "in_channels": LATENT_CHANNELS,
-         "out_channels": LATENT_CHANNELS, "num_layers": 24, "num_attention_heads": 24,
+        {**SD3, "sample_size": 128, "num_layers": 24, "num_attention_heads": 24,
          "attention_head_dim": 64, "caption_projection_dim": 1536, "joint_attention_dim": 4096,
-         "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
+         "pooled_projection_dim": 2048, "pos_embed_max_size": 384,
          "dual_attention_layers": tuple(range(13))},
     ),
     "flux.1-dev": Shape(
         _flux, FluxTransformer2DModel,
-        {"in_channels": 4 * LATENT_CHANNELS, "num_layers": 19, "num_single_layers": 38,
+        {**FLUX, "num_layers": 19, "num_single_layers": 38,
          "num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 4096,
-         "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56)},
+         "pooled_projection_dim": 768, "axes_dims_rope": (16, 56, 56)},
         lora=32,
         checkpointing=True,
     ),

@@ -23,7 +23,7 @@ from flow_costs import CASES, PROMPT, counted, spread
 from flow_shapes import SHAPES, build_policy
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from utilisation import CEILING_SIZE, ceiling, timed, wait, watched
+from utilisation import ceiling, read_options, timed, wait, watched
 
 from mmgrpo import Trainer
 from mmgrpo.policies.flow import FlowPolicy
@@ -176,20 +176,14 @@ def main() -> None:
     """Measure one case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--shape", choices=list(SHAPES), default="sd3.5-medium")
-    parser.add_argument("--device", choices=list(CEILING_SIZE), default="cuda")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--resolution", type=int, default=512, help="pixels of a side")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=1, help="images in a pass of the update")
     parser.add_argument("--lora", type=int, metavar="RANK", help="0 trains every weight")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        print("not measured: no GPU here")
+    chosen = read_options(parser, repeats=3)
+    if chosen is None:
         return
     if chosen.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "1"  # the trainer would take a GPU that is there
@@ -197,7 +191,7 @@ def main() -> None:
     case = Case(
         shape=chosen.shape,
         device=chosen.device,
-        dtype=chosen.dtype or ("bfloat16" if chosen.device == "cuda" else "float32"),
+        dtype=chosen.dtype,
         resolution=chosen.resolution,
         steps=chosen.steps,
         samples=chosen.samples,

@@ -147,25 +147,37 @@ def measure(case: Case, device: str, dtype: str, repeats: int) -> None:
         print(f"update: peak memory {grown:.0f} MiB above the weights and gradients")
 
 
-def main() -> None:
-    """Measure one case."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+def read_options(parser: argparse.ArgumentParser, *, repeats: int) -> argparse.Namespace | None:
+    """Parse a benchmark's options and those of the machine; None where there is no such device.
+
+    Args:
+        parser: has the benchmark's own options.
+        repeats: how often it measures by default.
+    """
     parser.add_argument("--device", choices=list(CEILING_SIZE), default="cuda")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
-    parser.add_argument("--size", choices=list(SIZES), default="100M")
-    parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--completion", type=int, default=128)
-    parser.add_argument("--vocabulary", type=int, default=16384)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--threads", type=int, default=2)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     if chosen.device == "cuda" and not torch.cuda.is_available():
         print("not measured: no GPU here")
-        return
-    dtype = chosen.dtype or ("bfloat16" if chosen.device == "cuda" else "float32")
-    case = Case(chosen.prompt, chosen.completion, chosen.vocabulary, chosen.size)
-    measure(case, chosen.device, dtype, chosen.repeats)
+        return None
+    chosen.dtype = chosen.dtype or ("bfloat16" if chosen.device == "cuda" else "float32")
+    return chosen
+
+
+def main() -> None:
+    """Measure one case."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--size", choices=list(SIZES), default="100M")
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--completion", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=16384)
+    chosen = read_options(parser, repeats=5)
+    if chosen is not None:
+        case = Case(chosen.prompt, chosen.completion, chosen.vocabulary, chosen.size)
+        measure(case, chosen.device, chosen.dtype, chosen.repeats)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmgrpo.playground.flow_pretraining import Progress
 from mmgrpo.playground.shapes_drawing import Group, all_groups, compose
+from mmgrpo.playground.tiny_vae import plain_autoencoder
 
 LATENTS = (4, 4, 4)
 """Channels, height and width."""
@@ -25,17 +26,8 @@ def build_codec(seed: int) -> AutoencoderKL:
     """Builds the untrained autoencoder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoencoderKL(
-            block_out_channels=(8, 8, 16, 16),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=LATENTS[0],
-            layers_per_block=1,
-            norm_num_groups=4,
-            sample_size=32,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            mid_block_add_attention=False,
+        return plain_autoencoder(
+            (8, 8, 16, 16), latent_channels=LATENTS[0], norm_num_groups=4, sample_size=32
         )
 
 

@@ -7,6 +7,9 @@ reward sees is exactly what the transformer drew.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
@@ -17,6 +20,28 @@ _ANCHOR = 100.0
 # SiLU(x) differs from x by less than 1e-7 beyond this value; signals are moved there and back.
 _LINEAR_RANGE = 20.0
 _MIN_LOG_VARIANCE = -30.0
+
+
+def plain_autoencoder(widths: Sequence[int], **sizes: Any) -> AutoencoderKL:
+    """Builds an untrained ``AutoencoderKL`` of the least parts: one layer a block, no attention.
+
+    Args:
+        widths: Channels of each block; every one but the last halves the resolution.
+        sizes: Other arguments of ``AutoencoderKL``.
+    """
+    return AutoencoderKL(
+        **{
+            "block_out_channels": tuple(widths),
+            "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+            "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+            "layers_per_block": 1,
+            "norm_num_groups": 1,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            "mid_block_add_attention": False,
+            **sizes,
+        }
+    )
 
 
 def copying_vae(scaling_factor: float = 1.0, shift_factor: float = 0.0) -> AutoencoderKL:
@@ -32,21 +57,12 @@ def copying_vae(scaling_factor: float = 1.0, shift_factor: float = 0.0) -> Autoe
     Returns:
         The autoencoder, frozen and in evaluation mode.
     """
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
+    vae = plain_autoencoder(
+        (4,),
         latent_channels=1,
-        block_out_channels=(4,),
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=1,
         sample_size=16,
         scaling_factor=scaling_factor,
         shift_factor=shift_factor,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
     )
     with torch.no_grad():
         for parameter in _residual_outputs(vae):

@@ -12,7 +12,18 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import systems
 import versus_trl
 from systems import KINDS, Mmgrpo, save_model
-from versus_trl import CASES, GROUP, MEMORY, NEEDED_GIB, Case, fixed_batch, refusal, row
+from versus_trl import (
+    CASES,
+    GROUP,
+    MEMORY,
+    NEEDED_GIB,
+    Case,
+    fixed_batch,
+    gradient_error,
+    refusal,
+    row,
+    running,
+)
 
 SMALL = [
     Case(5, 4, 300),
@@ -119,3 +130,16 @@ def test_a_peak_that_does_not_fit_is_refused_in_a_sentence(monkeypatch, capsys):
 
 def test_every_kind_has_a_case():
     assert {case.kind for case in CASES} == set(KINDS)
+
+
+def test_a_system_in_a_process_of_its_own_computes_the_same(tmp_path, capfd):
+    case, options = SMALL[0], SimpleNamespace(threads=1, clock="wall")
+    save_model(tmp_path, vocabulary=case.vocabulary, size=case.size)
+    expected = Mmgrpo(tmp_path, case, fixed_batch(case)).gradient()
+    with running(["mmgrpo"], tmp_path, case, options) as systems:
+        remote = systems["mmgrpo"]
+        assert gradient_error(remote.gradient(), expected) < 1e-6
+        assert all(remote.seconds(part) > 0 for part in ("update", "generate", "step"))
+        with pytest.raises(SystemExit, match="fly failed"):
+            remote.seconds("fly")
+    assert "has no attribute 'fly'" in capfd.readouterr().err
