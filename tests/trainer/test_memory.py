@@ -10,16 +10,23 @@ import pytest
 from mmgrpo.trainer import memory
 
 CHURN = """
-import resource, sys, torch
+import ctypes, resource, sys
 from mmgrpo.trainer.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+size = 2**22
 for _ in range(3):
     before = faults()
     for _ in range(20):
-        parts = [torch.ones(2**20) for _ in range(6)]  # 24 MiB, and all of it freed again
-        del parts
+        blocks = [libc.malloc(size) for _ in range(6)]
+        for block in blocks:
+            libc.memset(block, 1, size)
+        for block in reversed(blocks):  # the free memory then lies at the end of the heap
+            libc.free(block)
 print(faults() - before)
 """
 

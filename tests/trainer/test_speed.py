@@ -104,3 +104,12 @@ def test_a_switch_leaves_the_steps_as_they_are(models, tmp_path, usual, switch):
     for (ours, texts), (theirs, drawn) in zip(found, usual, strict=True):
         assert texts == drawn
         assert ours == pytest.approx(theirs, rel=ROUNDING, abs=1e-6)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_run_keeps_its_memory_unless_it_is_told_not_to(models, tmp_path, monkeypatch, on):
+    asked = []
+    monkeypatch.setattr(build, "keep_freed_memory", lambda: asked.append(True))
+    speed = {"keep_memory": on}
+    build.assemble(load_config(document(models, "text", tmp_path / "run", speed=speed)))
+    assert bool(asked) == on
