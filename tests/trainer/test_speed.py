@@ -113,3 +113,11 @@ def test_a_run_keeps_its_memory_unless_it_is_told_not_to(models, tmp_path, monke
     speed = {"keep_memory": on}
     build.assemble(load_config(document(models, "text", tmp_path / "run", speed=speed)))
     assert bool(asked) == on
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_layers_are_the_fast_ones_unless_they_are_switched_off(models, tmp_path, modality, on):
+    config = document(models, modality, tmp_path / "run", speed={"fast_layers": on})
+    network = build.assemble(load_config(config)).policy.network
+    assert any("forward" in vars(module) for module in network.modules()) == on
